@@ -1,0 +1,109 @@
+"""``SyncBatchNorm``, the layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .exchange import Exchange
+from .functional import sync_batch_norm
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization over the union of all processes' batches.
+
+    N processes with their parts of a batch compute what one process with the whole batch would compute with
+    ``torch.nn.BatchNorm``: outputs, gradients and running statistics. In training, every process of the group runs the
+    same layers in the same order, forward and backward; a process without data runs an empty batch. In eval, and with
+    one process, nothing is exchanged.
+
+    Args:
+        num_features: C, the size of the input's dimension 1.
+        eps: ε, added to the variance for stability.
+        momentum: the factor of the running statistics' moving average; None for the average of all batches.
+        affine: whether there are a scale γ (``weight``) and a shift β (``bias``) to learn.
+        track_running_stats: whether to estimate population statistics for eval. Without them, eval normalizes by the
+            statistics of this process's batch, as torch.nn.BatchNorm does.
+        process_group: over whom to form the statistics: a ProcessGroup, a one-dimensional DeviceMesh, or an Exchange
+            that several layers share; None for all processes.
+        device: where the parameters and buffers are.
+        dtype: of the parameters and buffers.
+        **kwargs: what else the installed ``torch.nn.BatchNorm2d`` takes; newer ones, ``bias``.
+
+    Shape:
+        [N, C, ...] of 2 to 5 dimensions, any strides; the output has the input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: at the call: the input has less than 2 or more than 5 dimensions, or 0 channels; or there is one
+            process and it has one value per channel.
+        RuntimeError: at the first call in training: the processes' layers differ, or the group cannot reduce tensors of
+            the input's device.
+    """
+
+    _exchange: Exchange
+    _index: int
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
+        self.synchronize(process_group if isinstance(process_group, Exchange) else Exchange(process_group))
+
+    def synchronize(self, exchange: Exchange, name: str = "SyncBatchNorm") -> None:
+        """Forms statistics through ``exchange`` from now on; ``name`` is the layer's in errors."""
+        self._exchange = exchange
+        self._index = exchange.register(describe_layer(self, name))
+
+    @property
+    def process_group(self) -> Any:
+        """Over whom the statistics are formed: a ProcessGroup, or None for all processes."""
+        return self._exchange.process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if not 2 <= input.dim() <= 5:
+            raise ValueError(f"expected 2D to 5D input (got {input.dim()}D input)")
+
+    def _check_channels(self, input: Tensor) -> None:
+        if input.shape[1] == 0:
+            raise ValueError("expected at least 1 channel in dimension 1, got none")
+        if input.shape[1] != self.num_features:
+            raise RuntimeError(f"expected {self.num_features} channels in dimension 1, got input size {input.size()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        self._check_channels(input)
+        tracked = self.track_running_stats or not self.training
+        running_mean = self.running_mean if tracked else None
+        running_var = self.running_var if tracked else None
+        return sync_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            self.training or (running_mean is None and running_var is None),
+            self.momentum,
+            self.eps,
+            num_batches_tracked=self.num_batches_tracked,
+            exchange=self._exchange if self.training else None,
+            index=self._index,
+        )
+
+
+def describe_layer(layer: _BatchNorm, name: str) -> str:
+    """What must be equal on all processes for their statistics to belong together."""
+    return (
+        f"{name}(channels={layer.num_features}, eps={layer.eps}, momentum={layer.momentum}, "
+        f"affine={layer.affine}, track_running_stats={layer.track_running_stats})"
+    )

@@ -1,0 +1,23 @@
+"""Fixtures for all tests: pools of real processes, started once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from processes import Processes
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Callable[[int], Processes]]:
+    """``processes(world_size)``: the session's pool of that many gloo processes."""
+    pools: dict[int, Processes] = {}
+    yield lambda world_size: pools.setdefault(world_size, Processes(world_size))
+    for pool in pools.values():
+        pool.stop()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
