@@ -349,8 +349,9 @@ def _require_device(communicator: _Communicator, device: torch.device) -> None:
         return
     raise RuntimeError(
         f"the process group reduces tensors on {' and '.join(sorted(communicator.devices))} "
-        f"({dist.get_backend_config(communicator.group)}), but this layer's input is on {device}: move the "
-        f"model and its input there, or initialize torch.distributed with a backend for both, such as 'cpu:gloo,cuda:nccl'"
+        f"({dist.get_backend_config(communicator.group)}), but this layer's input is on {device}: move "
+        f"the model and its input there, or initialize torch.distributed with a backend for both, such as "
+        f"'cpu:gloo,cuda:nccl'"
     )
 
 

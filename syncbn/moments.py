@@ -41,8 +41,8 @@ def statistics(message: Tensor, world_size: int) -> Statistics:
         message: [2C+3] float64, summed over ``world_size`` processes.
 
     Returns:
-        mean [C], biased variance [C] (at least 0) and count [], float64. NaN where there is no value at all, or where the
-        processes met in different layers.
+        mean [C], biased variance [C] (at least 0) and count [], float64. NaN where there is no value at all, or
+        where the processes met in different layers.
     """
     C = channels_of_forward(message)
     count = message[2 * C]

@@ -23,7 +23,9 @@ BIAS = pytest.param(
 )
 
 
-def data(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64, mean: float = 0.0, std: float = 1.0) -> list[Tensor]:
+def data(
+    *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64, mean: float = 0.0, std: float = 1.0
+) -> list[Tensor]:
     """A part for each process, of unlike means and spreads."""
     generator = torch.Generator().manual_seed(11)
     return [
@@ -33,9 +35,7 @@ def data(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64, mean: flo
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize(
-    "shape", [(5, 6), (3, 6, 7), (2, 6, 5, 4), (2, 6, 3, 4, 5)], ids=["2-D", "3-D", "4-D", "5-D"]
-)
+@pytest.mark.parametrize("shape", [(5, 6), (3, 6, 7), (2, 6, 5, 4), (2, 6, 3, 4, 5)], ids=["2-D", "3-D", "4-D", "5-D"])
 def test_every_dimension_and_world_size(processes: Any, world_size: int, shape: tuple[int, ...]) -> None:
     results = assert_union(processes, data(*[shape] * world_size))
     assert [result.calls for result in results] == [2] * world_size, "one all-reduce in each direction"
@@ -117,9 +117,7 @@ def _one_value(x: Tensor) -> tuple[Tensor, ...]:
     return y.detach(), x.grad, layer.running_mean, layer.running_var, layer.bias.detach()
 
 
-@pytest.mark.parametrize(
-    ("mean_by_std", "tolerance"), [(0, 1e-9), (1e3, 1e-9), (1e5, 1e-5)], ids=["0", "1e3", "1e5"]
-)
+@pytest.mark.parametrize(("mean_by_std", "tolerance"), [(0, 1e-9), (1e3, 1e-9), (1e5, 1e-5)], ids=["0", "1e3", "1e5"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("std", [1.0, 1e-6])
 def test_float64_bars(processes: Any, mean_by_std: float, tolerance: float, channels_last: bool, std: float) -> None:
@@ -180,7 +178,7 @@ def _autocast() -> tuple[torch.dtype, torch.dtype, torch.dtype, float]:
 
 @st.composite
 def splits(draw: st.DrawFn) -> list[Tensor]:
-    """Parts for 2 to 4 processes: any dimension, uneven sizes, layouts, dtypes, some empty, more than one value in all."""
+    """Parts for 2 to 4 processes: any dimension, sizes, layouts and dtypes, some empty, two values at least."""
     world_size = draw(st.integers(2, 4))
     dims = draw(st.integers(0, 3))
     channels = draw(st.integers(1, 5))
@@ -205,7 +203,9 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(parts=splits())
 def test_any_split(processes: Any, parts: list[Tensor]) -> None:
     dtype = parts[0].dtype

@@ -6,7 +6,7 @@ deviations at mean/std = 1e3 in channels_last), or are slow (contiguous). Here a
 - the moments are those of z = x − pivot, where the pivot, the mean of some of the values, is so close to the mean that
   nothing cancels (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983, section 3). z is
   computed where y will stand, and becomes y once the mean of all processes is known;
-- in backward, x − mean is (x − hi) − lo, with hi the mean in float32 and lo what that leaves out; lo goes into the shift;
+- in backward, x − mean is (x − hi) − lo: hi is the mean in float32, lo what that leaves out, which goes into a shift;
 - two sums at once come from ``native_batch_norm_backward``: one fused pass over short runs, added up in float64.
 
 Computed in float32 for bfloat16, float16 and float32 input, in float64 for float64.
@@ -138,7 +138,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _pivot(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     """A value near the mean of each row or column: the mean of every k-th of its n values, spread.
 
-    The variance of z is computed to about 1e-7·(1 + d²), d being how many standard deviations the pivot is from the mean.
+    The variance of z is computed to about 1e-7·(1 + d²), the pivot being d standard deviations away from the mean.
     Were all s sampled values outliers, they would make the variance itself so large that d² ≤ n/s; a single one,
     n/s². k is near 2√n, which bounds that by 4, and odd, so as not to sample one column of an image only.
     """
@@ -182,7 +182,7 @@ def _in_two_parts(mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _scale_and_shift(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """out = z·scale + shift. One fused pass where the factors lie along memory; two vectorized ones where they do not."""
+    """out = z·scale + shift. One fused pass where the factors lie along memory, else two vectorized ones."""
     if scale.shape[-1] > 1:
         torch.addcmul(shift, z, scale, out=out)
     else:

@@ -1,8 +1,8 @@
 """The specification: the four operations in plain differentiable PyTorch, on any device.
 
 The formulas are those of Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1 and section 3, over the union of
-all processes' batches. Everything is computed in float64; only the results are rounded to x's dtype. Backward of backward,
-and every device without a faster backend, runs these lines, and every faster backend is tested against them.
+all processes' batches. Everything is computed in float64; only the results are rounded to x's dtype. These lines run for
+double backward and on every device without a faster backend, and every faster backend is tested against them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def grad_input(
     """dx = γ·r·(dy − Σdy/N − x̂·Σ(dy·x̂)/N), in x's dtype and memory format."""
     xhat = _xhat(x, mean, rstd)
     scale = rstd if weight is None else rstd * weight
-    dx = (dy - _of_channels(mean_dy, x) - xhat * _of_channels(mean_dy_xhat, x)) * _of_channels(scale, x)
+    # x̂ comes first because the result takes its first operand's memory format.
+    dx = (-xhat * _of_channels(mean_dy_xhat, x) + dy - _of_channels(mean_dy, x)) * _of_channels(scale, x)
     return dx.to(x.dtype)
 
 

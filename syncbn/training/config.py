@@ -1,0 +1,134 @@
+"""Finding, composing and checking the Hydra configuration."""
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import syncbn
+from syncbn.training.environment import World, run_stamp
+from syncbn.training.errors import UserError, did_you_mean, one_line
+
+CONFIG_NAME = "train"
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+def config_dir() -> Path:
+    """The folder of the configuration: inside the package when installed, beside it in a checkout.
+
+    Raises:
+        UserError: there is neither.
+    """
+    package = Path(syncbn.__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / f"{CONFIG_NAME}.yaml").is_file():
+            return folder
+    raise UserError(f"no conf/{CONFIG_NAME}.yaml in {package} or {package.parent}: reinstall syncbn")
+
+
+def register_resolvers() -> None:
+    """What the configuration asks of the environment, as `${syncbn.devices:}` and so on."""
+    resolvers = {
+        "syncbn.devices": lambda: World.from_environment().local_size,
+        "syncbn.nodes": lambda: World.from_environment().num_nodes,
+        "syncbn.stamp": run_stamp,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """The job's configuration as `syncbn-train` would see it, without running anything.
+
+    Raises:
+        UserError: an override is wrong.
+    """
+    register_resolvers()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose(CONFIG_NAME, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of Hydra or OmegaConf, with the nearest existing key for a misspelt one."""
+    message = str(error)
+    if isinstance(error.__cause__, OmegaConfBaseException) and str(error.__cause__) not in message:
+        message = f"{message}\n{error.__cause__}"
+    match = re.search(r"Could not override '([^']+)'", message)
+    if match and ("not in struct" in message or "No match in the defaults list" in message):
+        key = match[1]
+        return f"{key}: no such key.{did_you_mean(key, _known_keys())}"
+    if isinstance(error, OverrideParseException):
+        message = f"{error.override}: {message}"
+    message = message.split("Config search path")[0]
+    lines = [line for line in message.splitlines() if not line.strip().startswith(("object_type=", "full_key:"))]
+    return one_line("\n".join(lines))
+
+
+def check(cfg: DictConfig) -> None:
+    """Checks that need no model and no device; the rest is up to what the configuration builds.
+
+    Raises:
+        UserError: a value cannot be used.
+    """
+    try:
+        OmegaConf.resolve(cfg.copy())
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    find_checkpoint(cfg)
+
+
+def find_checkpoint(cfg: DictConfig) -> Path | None:
+    """The checkpoint that `ckpt_path` names, or None for a fresh start.
+
+    "last" is the last checkpoint of the run folder if one is given, else that of the newest run of the same
+    name. A folder stands for the last checkpoint of the run in it.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if cfg.ckpt_path is None:
+        return None
+    if cfg.ckpt_path == "last":
+        return _last_checkpoint(cfg)
+    path = Path(cfg.ckpt_path).expanduser()
+    if path.is_dir():
+        path = path / LAST_CHECKPOINT
+    if not path.is_file():
+        raise UserError(f"ckpt_path: there is no file {path}")
+    return path.resolve()
+
+
+def _last_checkpoint(cfg: DictConfig) -> Path:
+    run_dir = Path(cfg.run_dir)
+    own = run_dir / LAST_CHECKPOINT
+    if own.is_file():
+        return own.resolve()
+    if not OmegaConf.is_interpolation(cfg, "run_dir"):
+        raise UserError(f"ckpt_path=last: the run in {run_dir} has left no {LAST_CHECKPOINT}")
+    candidates = list(run_dir.parent.glob(f"*/{LAST_CHECKPOINT}"))
+    if not candidates:
+        raise UserError(f"ckpt_path=last: no run in {run_dir.parent} has left a {LAST_CHECKPOINT}")
+    return max(candidates, key=lambda path: path.stat().st_mtime).resolve()
+
+
+@functools.cache
+def _known_keys() -> tuple[str, ...]:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        groups = [folder.name for folder in config_dir().iterdir() if folder.is_dir()]
+        return (*groups, *_paths(compose(CONFIG_NAME)))
+
+
+def _paths(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in map(str, cfg):
+        yield f"{prefix}{key}"
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_interpolation() and not node._is_none():
+            yield from _paths(node, f"{prefix}{key}.")

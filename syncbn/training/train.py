@@ -1,0 +1,222 @@
+"""Training with any task, data and model that the configuration names.
+
+    python -m syncbn.training.train norm=local data.batch_size=1
+
+runs in this process; under torchrun (`launch/train.sh`) it is one process of several. Everything is built
+from `conf/`.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from syncbn.training.config import (
+    CONFIG_NAME,
+    LAST_CHECKPOINT,
+    check,
+    config_dir,
+    explain,
+    find_checkpoint,
+    register_resolvers,
+)
+from syncbn.training.environment import World
+from syncbn.training.errors import UserError, fail
+
+_FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
+_INTERRUPTED_STATUS = 130  # what a shell reports after Ctrl-C
+# Rank 0 must have told the user's mistake before another process's end makes torchrun stop all.
+_AFTER_RANK_0_S = 3.0
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*sync_dist=True.*",
+    ".*exists and is not empty.*",  # the folder of a resumed run
+    ".*The dirpath has changed from.*",  # resumed into a new folder
+    ".*dataloader is not resumable.*",
+    ".*DistributedSampler.*",  # its repetitions are taken out of the metrics
+    ".*could not find the monitored key.*",  # a run that ends before its first validation
+    ".*LeafSpec.*",
+    ".*number of training batches.*is smaller than the logging interval.*",
+)
+
+
+def main() -> None:
+    """Console command `syncbn-train`.
+
+    Exit status: 0, 1 after a crash, 2 after a user's mistake, 130 after Ctrl-C. HYDRA_FULL_ERROR=1 in the
+    environment shows where a user's mistake was noticed.
+    """
+    # Ends a process even within a collective. While it trains, GracefulStop saves its work first.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with mistakes_in_one_line():
+        # Hydra then hands its errors on instead of printing them in several lines.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        register_resolvers()
+        entry = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=CONFIG_NAME)
+        entry(run)()
+
+
+def run(cfg: DictConfig) -> None:
+    """One job of Hydra's: checks the configuration, trains, leaves no process group behind."""
+    # Here as well, since Hydra prints a line of its own for an exception that leaves a job.
+    with mistakes_in_one_line():
+        check(cfg)
+        checkpoint = find_checkpoint(cfg)
+        # Hydra's word is final: in a sweep every job has a folder of its own.
+        cfg.run_dir = HydraConfig.get().runtime.output_dir
+        cfg.ckpt_path = str(checkpoint) if checkpoint else None
+        try:
+            train(cfg)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Ends the process with one line for what the user can put right; other exceptions pass."""
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if _FULL_ERROR:
+            raise
+        rank = World.from_environment().rank
+        if rank > 0:
+            time.sleep(_AFTER_RANK_0_S)
+        fail(explain(error), rank)
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Builds what `cfg` describes, trains it, and validates the best checkpoint.
+
+    Returns the metrics of that last validation by name; none if there is nothing to validate.
+
+    Raises:
+        UserError: something cannot be built from its configuration.
+        SystemExit: status 130 after an interruption.
+    """
+    if not cfg.verbose:
+        quiet()
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    data, task, trainer = build(cfg)
+    if trainer.is_global_zero:
+        introduce(cfg, task, trainer)
+        OmegaConf.save(cfg, Path(cfg.run_dir) / "config.yaml", resolve=True)
+    fit(trainer, task, data, cfg)
+    return evaluate_best(trainer, task, data, cfg)
+
+
+def build(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule, Trainer]:
+    """Data, task (with its model) and trainer (with callbacks, loggers and plugins)."""
+    data = _build("data", cfg.data)
+    task = _build("task", cfg.task)
+    callbacks = [_build(f"callbacks.{name}", node) for name, node in (cfg.callbacks or {}).items() if node]
+    loggers = [_build(f"logger.{name}", node) for name, node in (cfg.logger or {}).items() if node]
+    bar = cfg.trainer.enable_progress_bar
+    trainer = _build(
+        "trainer",
+        cfg.trainer,
+        callbacks=callbacks,
+        # An explicit trainer.logger=false switches all of them off.
+        logger=False if cfg.trainer.logger is False else loggers,
+        # Control characters belong on a terminal; in a file the epoch lines tell the same.
+        enable_progress_bar=sys.stderr.isatty() if bar is None else bar,
+        # Our own introduction says as much in a line.
+        enable_model_summary=bool(cfg.trainer.enable_model_summary),
+    )
+    return data, task, trainer
+
+
+def _build(key: str, node: DictConfig, **extra: Any) -> Any:
+    try:
+        return instantiate(node, **extra)
+    except InstantiationException as error:
+        reason = error.__cause__ or error
+        raise UserError(f"{key}: {reason}") from error
+    except MisconfigurationException as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, cfg: DictConfig) -> None:
+    """Trains; an interruption ends the process with status 130."""
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=False)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except SystemExit:
+        # Lightning's answer to KeyboardInterrupt, after its own clean-up.
+        if trainer.is_global_zero and Path(cfg.run_dir, LAST_CHECKPOINT).exists():
+            print(f"continue with: ckpt_path=last run_dir={_shown(cfg.run_dir)}", flush=True)
+        raise SystemExit(_INTERRUPTED_STATUS) from None
+
+
+def evaluate_best(
+    trainer: Trainer, task: LightningModule, data: LightningDataModule, cfg: DictConfig
+) -> dict[str, float]:
+    """Validates the checkpoint with the best monitored metric, or the present weights if none was kept."""
+    monitored = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+    best = monitored[0].best_model_path if monitored else ""
+    # A run that was cut short before its first validation has none.
+    best = best if Path(best).is_file() else ""
+    trainer.loggers = []  # these numbers are in the logs already
+    metrics: list[Any] = []
+    if trainer.limit_val_batches:
+        metrics = list(
+            trainer.validate(task, datamodule=data, ckpt_path=best or None, verbose=False, weights_only=False)
+        )
+    if trainer.is_global_zero:
+        print(f"run folder: {_shown(cfg.run_dir)}", flush=True)
+        if best:
+            print(f"best checkpoint: {_shown(best)}", flush=True)
+    return dict(metrics[0]) if metrics else {}
+
+
+def introduce(cfg: DictConfig, task: LightningModule, trainer: Trainer) -> None:
+    """Says in a few lines what is about to run, and where from."""
+    parameters = sum(p.numel() for p in task.parameters())
+    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.modules())
+    processes = f"{trainer.world_size} process" + ("es" if trainer.world_size > 1 else "")
+    device = trainer.strategy.root_device.type
+    how = HydraConfig.get().runtime.choices.get("norm", "?") if HydraConfig.initialized() else "?"
+    print(f"{cfg.name}: {processes} on {device}, {parameters / 1e6:.2f} M parameters")
+    print(f"normalization: {norms} layers, norm={how}")
+    print(f"run folder: {_shown(cfg.run_dir)}")
+    if cfg.ckpt_path:
+        print(f"continuing from: {_shown(cfg.ckpt_path)}")
+    sys.stdout.flush()
+
+
+def quiet() -> None:
+    """Keeps Lightning's notes to its developers from a user's console; `verbose=true` brings them back."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _shown(path: str | Path) -> str:
+    """The path as short as it can be pasted back."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""How processes talk: which communicator, whose layers, and what happens where they do not belong together."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import WorkerError
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import syncbn
+from syncbn.exchange import Exchange
+
+
+def two_layers() -> nn.Sequential:
+    return syncbn.convert(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)))
+
+
+# ---- one communicator beside the default group
+
+
+def test_models_share_one_communicator_beside_the_default_group(processes: Any) -> None:
+    for shared, is_default, calls in processes(2).run(_communicators):
+        assert shared == 1
+        assert not is_default
+        assert calls == [2, 1]
+
+
+def _communicators() -> tuple[int, bool, list[int]]:
+    model, other = two_layers(), two_layers()
+    x = torch.randn(4, 3)
+    model(x)
+    twin = copy.deepcopy(model)
+    twin(x)
+    other[0](x)
+    groups = [each[0]._exchange._communicator.group for each in (model, twin, other)]
+    calls = [each[0]._exchange.calls for each in (model, other)]
+    return len(set(groups)), groups[0] is dist.group.WORLD, calls
+
+
+def test_the_default_group_on_request(processes: Any) -> None:
+    assert processes(2).run(_undedicated) == [True, True]
+
+
+def _undedicated() -> bool:
+    layer = syncbn.SyncBatchNorm(3, process_group=Exchange(dedicated=False))
+    layer(torch.randn(4, 3))
+    return layer._exchange._communicator.group is dist.group.WORLD
+
+
+def test_the_timeout_is_the_users(processes: Any) -> None:
+    from processes import COLLECTIVE_TIMEOUT
+
+    assert processes(2).run(_timeout) == [COLLECTIVE_TIMEOUT] * 2
+
+
+def _timeout() -> timedelta:
+    layer = syncbn.SyncBatchNorm(3)
+    layer(torch.randn(4, 3))
+    group = layer._exchange._communicator.group
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def launch(program: str, *arguments: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program of ``tests/programs`` under torchrun: for what no pool of processes can be used for."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, str(PROGRAMS / program), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def test_a_new_process_group_after_the_old_one(tmp_path: Path) -> None:
+    """The communicator is made again, and nothing aborts at exit (a gloo group kept for too long does)."""
+    run = launch("again.py", str(tmp_path), TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    assert run.returncode == 0, run.stderr
+    assert sorted(run.stdout.split("\n"))[1:] == ["rank 0 is done", "rank 1 is done"]
+
+
+# ---- NCCL's rules, as far as they can be seen without a GPU
+
+
+def test_importing_fixes_the_launch_order_of_nccl() -> None:
+    program = "import os, syncbn; print(os.environ['NCCL_LAUNCH_ORDER_IMPLICIT'])"
+    environment = {k: v for k, v in os.environ.items() if k != "NCCL_LAUNCH_ORDER_IMPLICIT"}
+    for given, expected in ({}, "1"), ({"NCCL_LAUNCH_ORDER_IMPLICIT": "0"}, "0"):
+        run = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment | given
+        )
+        assert run.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "version", "fixed"),
+    [("1", (2, 26, 0), True), ("1", (2, 30, 7), True), ("1", (2, 25, 9), False), ("0", (2, 30, 7), False)],
+)
+def test_where_the_launch_order_is_fixed(
+    monkeypatch: pytest.MonkeyPatch, value: str, version: tuple[int, ...], fixed: bool
+) -> None:
+    from syncbn import exchange
+
+    monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", value)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: version)
+    assert exchange._launch_order_is_fixed() is fixed
+
+
+# ---- other processes than all
+
+
+def test_subgroups_and_meshes(processes: Any) -> None:
+    """Statistics over {0, 1} and {2, 3}; along each dimension of a 2x2 mesh; and over everybody."""
+    values = [torch.full((2, 1), float(rank)) + torch.tensor([[0.0], [2.0]]) for rank in range(4)]
+    for rank, means in enumerate(processes(4).run(_means, per_rank=[(x,) for x in values])):
+        halves, columns, everyone = (0.5, 2.5)[rank // 2] + 1, (1.0, 2.0)[rank % 2] + 1, 2.5
+        assert means == {"group": halves, "rows": halves, "columns": columns, "mesh of all": everyone, "all": everyone}
+
+
+def _means(x: Tensor) -> dict[str, float]:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    over = {
+        "group": groups[dist.get_rank() // 2],
+        "rows": mesh["inner"],
+        "columns": mesh["outer"],
+        "mesh of all": init_device_mesh("cpu", (4,)),
+        "all": None,
+    }
+    means = {}
+    for name, group in over.items():
+        layer = syncbn.SyncBatchNorm(1, momentum=1.0, process_group=group)
+        layer(x)
+        means[name] = layer.running_mean.item()
+    return means
+
+
+def test_processes_that_cannot_be_meant(processes: Any) -> None:
+    for rank, (outside, mesh) in enumerate(processes(4).run(_not_meant)):
+        assert (outside == "fine") == (rank < 2)
+        assert rank < 2 or f"rank {rank}) is not a member" in outside
+        assert "one-dimensional DeviceMesh, got 2 dimensions" in mesh
+
+
+def _not_meant() -> tuple[str, str]:
+    group = dist.new_group([0, 1])
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    return _error(lambda: syncbn.SyncBatchNorm(1, process_group=group)), _error(lambda: Exchange(mesh))
+
+
+def _error(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:
+        return str(error)
+    return "fine"
+
+
+def test_a_group_of_one_is_alone(processes: Any) -> None:
+    for world_size, calls, error in processes(2).run(_group_of_one):
+        assert (world_size, calls) == (1, 0)
+        assert "Expected more than 1 value per channel" in error
+
+
+def _group_of_one() -> tuple[int, int, str]:
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    layer = syncbn.SyncBatchNorm(3, process_group=groups[dist.get_rank()])
+    layer(torch.randn(4, 3))
+    return layer._exchange.world_size, layer._exchange.calls, _error(lambda: layer(torch.randn(1, 3)))
+
+
+def test_a_device_that_the_group_cannot_reduce() -> None:
+    """A CPU tensor on a group for CUDA only. (NCCL cannot be had without a GPU; gloo for CUDA only says the same.)"""
+    run = launch("cuda_only.py")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("reduces tensors on cuda (cuda:gloo), but this layer's input is on cpu") == 2
+
+
+# ---- copies
+
+
+def test_copies_reach_the_same_processes(processes: Any) -> None:
+    for means in processes(4).run(_copies):
+        assert len(set(means)) == 1, means
+
+
+def _copies() -> list[float]:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    layer = syncbn.SyncBatchNorm(1, momentum=1.0, process_group=groups[dist.get_rank() // 2])
+    x = torch.full((2, 1), float(dist.get_rank()))
+    layer(x)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    others = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)]
+    for other in others:
+        other.running_mean.zero_()
+        other(x)
+    return [each.running_mean.item() for each in (layer, *others)]
+
+
+def test_a_saved_group_that_is_not_here(processes: Any) -> None:
+    (saved, *_) = processes(4).run(_save_with_subgroup)
+    (error,) = set(processes(2).run(_load_and_run, saved))
+    assert "saved with a process group of ranks [0, 3], which does not exist here" in error
+    assert "syncbn.convert(model, process_group=...)" in error
+
+
+def _save_with_subgroup() -> bytes:
+    group = dist.new_group([0, 3])
+    return pickle.dumps(syncbn.SyncBatchNorm(1, process_group=group)) if dist.get_rank() in (0, 3) else b""
+
+
+def _load_and_run(saved: bytes) -> str:
+    layer = pickle.loads(saved)
+    error = _error(lambda: layer(torch.randn(4, 1)))
+    syncbn.convert(layer, process_group=dist.group.WORLD)(torch.randn(4, 1))
+    return error
+
+
+# ---- processes whose layers do not belong together
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [
+        (([3, 4], [3, 5]), "differ in synchronized layer 1: rank 0 has 1(channels=4"),
+        (([3, 4], [3]), "rank 1 has no such layer"),
+    ],
+    ids=["channels", "number of layers"],
+)
+def test_unlike_models_are_refused_by_name(processes: Any, widths: tuple[list[int], list[int]], expected: str) -> None:
+    with pytest.raises(WorkerError) as error:
+        processes(2).run(_unlike, per_rank=[(each,) for each in widths])
+    assert all(expected in each for each in error.value.errors)
+    assert processes(2).run(_still_works) == [True, True]
+
+
+def _unlike(widths: list[int]) -> None:
+    model = syncbn.convert(nn.Sequential(*[nn.BatchNorm1d(width) for width in widths]))
+    model[0](torch.randn(4, 3))
+
+
+def _still_works() -> bool:
+    return bool(two_layers()(torch.randn(4, 3)).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "arguments", [({"eps": 1e-5}, {"eps": 1e-3}), ({"momentum": 0.1}, {"momentum": None})], ids=str
+)
+def test_unlike_options_are_refused(processes: Any, arguments: tuple[dict[str, Any], ...]) -> None:
+    with pytest.raises(WorkerError, match=next(iter(arguments[0]))):
+        processes(2).run(_run_with, per_rank=[(each,) for each in arguments])
+
+
+def _run_with(arguments: dict[str, Any]) -> None:
+    syncbn.SyncBatchNorm(3, **arguments)(torch.randn(4, 3))
+
+
+def test_processes_that_meet_in_different_layers_get_nan(processes: Any) -> None:
+    """Two layers of one size, called in different orders: a plain all-reduce would mix them silently."""
+    for forward, statistics, backward in processes(2).run(_swapped, per_rank=[(0,), (1,)]):
+        assert forward == "nan"
+        assert statistics == "untouched"
+        assert backward == "nan"
+
+
+def _swapped(rank: int) -> tuple[str, str, str]:
+    model = two_layers()
+    x = torch.randn(4, 3, requires_grad=True)
+    model(x)
+    before = [buffer.clone() for buffer in model.buffers()]
+    order = (0, 1) if rank == 0 else (1, 0)
+    ys = [model[i](x) for i in order]
+    untouched = all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    losses = [model[i](x).sum() for i in (0, 1)]  # forward in one order, backward in two
+    x.grad = None
+    for i in order:
+        losses[i].backward()
+    return (
+        "nan" if all(y.isnan().all() for y in ys) else "plausible",
+        "untouched" if untouched else "changed",
+        "nan" if x.grad.isnan().all() else "plausible",
+    )
+
+
+def test_tags_tell_models_and_directions_apart(processes: Any) -> None:
+    for tags in processes(2).run(_tags):
+        assert len(set(tags)) == len(tags) == 8
+
+
+def _tags() -> list[int]:
+    models = [two_layers(), two_layers()]
+    for model in models:
+        model(torch.randn(4, 3))
+    return [layer._exchange.tag(layer._index, way) for model in models for layer in model for way in (False, True)]
+
+
+def test_the_tag_is_exact_for_large_numbers() -> None:
+    from syncbn.moments import statistics
+
+    for world_size, tag in ((3, 10**5 + 7), (4096, 10**5 + 7), (65536, 2**18 - 1)):
+        message = torch.tensor([1.0, 1.0, 1.0, tag, tag**2], dtype=torch.float64) * world_size
+        assert statistics(message, world_size).mean_C.isfinite().all()
+        message[-2] += 1
+        message[-1] += 2 * tag + 1  # one process sent tag + 1
+        assert statistics(message, world_size).mean_C.isnan().all()
+
+
+# ---- counting
+
+
+def test_calls_and_bytes_are_counted(processes: Any) -> None:
+    C = 3
+    for calls, size in processes(2).run(_count):
+        assert calls == 4
+        assert size == 2 * 8 * ((2 * C + 3) + (2 * C + 2))
+
+
+def _count() -> tuple[int, int]:
+    model = two_layers()
+    model(torch.randn(4, 3, requires_grad=True)).sum().backward()
+    return model[0]._exchange.calls, model[0]._exchange.bytes

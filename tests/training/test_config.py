@@ -1,0 +1,168 @@
+"""conf/: every option composes, and mistakes are told in one line."""
+
+import inspect
+import os
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_object
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from syncbn.training.config import check, compose_config, config_dir, find_checkpoint
+from syncbn.training.environment import RUN_STAMP_VARIABLE, World, run_stamp
+from syncbn.training.errors import UserError
+from syncbn.training.launch import process_count
+
+# Where conf/trainer departs from Lightning's defaults, and says so.
+DEPARTURES = {
+    "devices": 1,
+    "max_epochs": 5,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "default_root_dir": "runs/digits-seg/now",
+}
+GROUPS = ["callbacks", "data", "experiment", "logger", "loss", "model", "norm", "optimizer", "scheduler"]
+GROUPS += ["task", "trainer"]
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
+
+
+@pytest.fixture(autouse=True)
+def _one_stamp(monkeypatch):
+    monkeypatch.setenv(RUN_STAMP_VARIABLE, "now")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def targets(node):
+    """All `_target_` under a configuration node."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node._target_
+        for key in node:
+            yield from targets(node[key])
+    elif isinstance(node, ListConfig):
+        for item in node:
+            yield from targets(item)
+
+
+def test_every_group_is_tested():
+    assert sorted(path.name for path in config_dir().iterdir() if path.is_dir()) == sorted(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])
+def test_every_option_composes_to_things_that_exist(group, option):
+    cfg = compose_config([f"{group}={option}"])
+    check(cfg)
+    for target in targets(cfg):
+        get_object(target)
+
+
+def test_every_trainer_argument_is_there_to_override():
+    parameters = inspect.signature(Trainer.__init__).parameters
+    expected = {name: p.default for name, p in parameters.items() if name != "self"} | DEPARTURES
+    cfg = compose_config(["norm=local"])
+    actual = {k: v for k, v in OmegaConf.to_container(cfg.trainer, resolve=True).items() if k != "_target_"}
+    # Lightning's "none given" for plugins is None or an empty list.
+    assert actual.pop("plugins") == []
+    expected.pop("plugins")
+    assert actual == expected
+
+
+def test_norm_decides_the_plugins():
+    assert compose_config(["norm=local"]).trainer.plugins == []
+    (plugin,) = compose_config([]).trainer.plugins
+    assert plugin._target_ == "syncbn.lightning.SyncBatchNormPlugin"
+
+
+def test_the_named_experiment_is_the_default():
+    assert compose_config(["experiment=digits-seg"]) == compose_config([])
+
+
+def test_the_model_and_the_schedule_reach_the_task():
+    cfg = compose_config(["model._target_=torch.nn.Identity", "scheduler=poly"])
+    assert cfg.task.model._target_ == "torch.nn.Identity"
+    assert cfg.task.scheduler.power == 0.9
+
+
+def test_torchruns_world_becomes_devices_and_nodes(monkeypatch):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = compose_config([])
+    assert (cfg.trainer.devices, cfg.trainer.num_nodes) == (4, 2)
+    assert World.from_environment() == World(rank=5, size=8, local_size=4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}, "no multiple"), ({"RANK": "x"}, "whole numbers")],
+)
+def test_an_impossible_world_is_refused(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        World.from_environment()
+
+
+def test_the_stamp_is_chosen_once(monkeypatch):
+    assert run_stamp() == "now"
+    monkeypatch.delenv(RUN_STAMP_VARIABLE)
+    assert run_stamp() == run_stamp() != "now"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batchsize=1", "data.batchsize: no such key. Did you mean data.batch_size?"),
+        ("trainer.max_epoch=1", "trainer.max_epoch: no such key. Did you mean trainer.max_epochs?"),
+        ("nrom=local", "nrom: no such key. Did you mean norm?"),
+        ("norm=lokal", "Could not find 'norm/lokal'; Available options in 'norm':; local; sync"),
+        ("data.batch_size=[", "data.batch_size"),
+        ("experiment=nothing", "nothing"),
+        ("optimizer=sgd", "adamw"),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line(override, message):
+    with pytest.raises(UserError) as error:
+        compose_config([override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_checkpoint_is_told(tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        check(compose_config([f"ckpt_path={tmp_path}/nothing.ckpt"]))
+    with pytest.raises(UserError, match=f"the run in {tmp_path} has left no checkpoints/last.ckpt"):
+        check(compose_config(["ckpt_path=last", f"run_dir={tmp_path}"]))
+    with pytest.raises(UserError, match=r"no run in .* has left a"):
+        check(compose_config(["ckpt_path=last", f"name={tmp_path.name}"]))
+
+
+def test_last_is_the_newest_run_of_the_name_or_the_folder_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, run, age in [("a", "old", 1), ("a", "new", 3), ("b", "newest", 5), ("a", "middle", 2)]:
+        path = tmp_path / "runs" / name / run / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (age, age))
+
+    def found(*overrides):
+        return find_checkpoint(compose_config(list(overrides))).relative_to(tmp_path / "runs").parts[:2]
+
+    assert found("ckpt_path=last", "name=a") == ("a", "new")
+    assert found("ckpt_path=last", "name=b") == ("b", "newest")
+    assert found("ckpt_path=last", "name=a", "run_dir=runs/a/old") == ("a", "old")
+    assert found("ckpt_path=runs/a/middle") == ("a", "middle")
+    assert found("ckpt_path=runs/a/middle/checkpoints/last.ckpt") == ("a", "middle")
+    assert find_checkpoint(compose_config([])) is None
+
+
+def test_process_count_follows_the_configuration():
+    assert process_count(compose_config(["trainer=cpu"])) == 2
+    assert process_count(compose_config(["trainer=cpu", "trainer.devices=3"])) == 3
+    with pytest.raises(UserError, match=r"trainer.devices must be a number"):
+        process_count(compose_config(["trainer=cpu", "trainer.devices=-1"]))
+
+
+def test_the_configuration_is_found_in_the_checkout():
+    assert config_dir() == Path(__file__).parents[2] / "conf"

@@ -1,0 +1,201 @@
+"""The whole job, started as a user starts it: launch/train.sh with two processes, and what it leaves."""
+
+import csv
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from jobs import TINY, TRAIN_SH, Job, environment, run_job
+from omegaconf import OmegaConf
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+CHECKPOINT = "checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("tiny")
+    job = run_job([str(TRAIN_SH), *TINY], cwd)
+    assert job.process.returncode == 0, job.output + job.error_output
+    return job, cwd
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(tmp_path_factory):
+    """A run that Ctrl-C ended in its second epoch or later; and the addresses it listened on meanwhile."""
+    cwd = tmp_path_factory.mktemp("interrupted")
+    job = Job([str(TRAIN_SH), *TINY, "trainer.max_epochs=2000"], cwd)
+    job.wait_for("epoch 1/2000")
+    addresses = job.listening_addresses()
+    job.interrupt()
+    job.finish(40)
+    return job, cwd, addresses
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_run):
+    _, cwd = tiny_run
+    (folder,) = (cwd / "runs" / "digits-seg").iterdir()  # one for all processes
+    return folder
+
+
+def load(path):
+    return torch.load(path, weights_only=False, map_location="cpu")
+
+
+def test_the_run_folder_holds_what_was_promised(run_dir):
+    for name in ("config.yaml", "checkpoints/best.ckpt", CHECKPOINT):
+        assert (run_dir / name).stat().st_size > 0
+    for name in ("predictions.png", "curves.png"):
+        with Image.open(run_dir / name) as picture:
+            assert picture.format == "PNG"
+            assert min(picture.size) > 200
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
+
+
+def test_the_saved_configuration_is_resolved(run_dir):
+    text = (run_dir / "config.yaml").read_text()
+    assert "${" not in text
+    cfg = OmegaConf.create(text)
+    assert cfg.trainer.devices == 2
+    assert cfg.run_dir == str(run_dir)
+
+
+def test_the_csv_log_has_every_epoch(run_dir):
+    with (run_dir / "csv" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    epochs = [row for row in rows if row["val/miou"]]
+    assert len(epochs) == 2
+    for row in epochs:
+        assert 0 <= float(row["val/miou"]) <= 1
+        assert float(row["val/loss"]) > 0
+    assert sum(bool(row["train/loss"]) for row in rows) == 2
+
+
+def test_the_tensorboard_log_has_every_epoch(run_dir):
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("train/loss")) == 2
+    assert {"val/loss", "val/miou", "val/iou/background"} <= set(events.Tags()["scalars"])
+
+
+def test_only_rank_0_speaks_and_in_plain_lines(tiny_run, run_dir):
+    job, _ = tiny_run
+    assert job.output.count("2 processes on cpu") == 1
+    assert [line.split()[1] for line in job.lines if line.startswith("epoch")] == ["1/2", "2/2"]
+    assert all("loss" in line and "mIoU" in line for line in job.lines if line.startswith("epoch"))
+    assert len([line for line in job.lines if re.match(r" miou +\d\.\d{4}$", line)]) == 1
+    assert len([line for line in job.lines if re.match(r" iou/9 +\d\.\d{4}$", line)]) == 1
+    assert not re.search(r"[\r\x1b]", job.output + job.error_output)
+    assert f"runs/digits-seg/{run_dir.name}" in job.output
+    assert not job.error_output, job.error_output
+
+
+def test_checkpoints_fit_the_ordinary_model(run_dir):
+    """A checkpoint outlives the way it was trained: the state_dict is that of plain BatchNorm layers."""
+    from syncbn.training.models import UNet
+
+    state = load(run_dir / "checkpoints" / "best.ckpt")["state_dict"]
+    weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    UNet(11, widths=(4, 8)).load_state_dict(weights, strict=True)
+    assert weights["down.0.0.norm.num_batches_tracked"] > 0
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(interrupted_run):
+    job, cwd, _ = interrupted_run
+    assert job.process.returncode == 128 + signal.SIGINT
+    (folder,) = (cwd / "runs" / "digits-seg").iterdir()
+    (line,) = [line for line in job.lines if line.startswith("interrupted after step")]
+    assert load(folder / CHECKPOINT)["global_step"] == int(line.split()[3].rstrip(":"))
+    assert f"continue with: ckpt_path=last run_dir=runs/digits-seg/{folder.name}" in job.output
+    assert "Traceback" not in job.output + job.error_output
+
+
+def test_nothing_listens_beyond_this_machine(interrupted_run):
+    _, _, addresses = interrupted_run
+    assert addresses == {"127.0.0.1"}
+
+
+def test_last_continues_the_newest_run(interrupted_run):
+    _, cwd, _ = interrupted_run
+    (folder,) = (cwd / "runs" / "digits-seg").iterdir()
+    before = load(folder / CHECKPOINT)
+    steps = before["global_step"] + 6  # more than an epoch
+    longer = ["ckpt_path=last", "trainer.max_epochs=-1", f"trainer.max_steps={steps}"]
+    job = run_job([str(TRAIN_SH), *TINY, *longer], cwd)
+    assert job.process.returncode == 0, job.output + job.error_output
+    assert f"continuing from: runs/digits-seg/{folder.name}/{CHECKPOINT}" in job.output
+    (new,) = set((cwd / "runs" / "digits-seg").iterdir()) - {folder}
+    after = load(new / CHECKPOINT)
+    assert after["global_step"] == steps
+    assert after["lr_schedulers"][0]["last_epoch"] == steps
+    assert after["epoch"] > 0
+    # The old run is as it was, and the new one's course goes on from its.
+    assert load(folder / CHECKPOINT)["global_step"] == before["global_step"]
+    histories = [
+        next(state["history"] for name, state in checkpoint["callbacks"].items() if name == "Curves")
+        for checkpoint in (before, after)
+    ]
+    assert histories[1][: len(histories[0])] == histories[0]
+    assert len(histories[1]) > len(histories[0])
+
+
+def test_ctrl_c_in_validation_leaves_a_checkpoint_that_validates_anew(tmp_path):
+    arguments = ["norm=local", *TINY, "data.train_size=2", "run_dir=run"]
+    command = [sys.executable, "-m", "syncbn.training.train", *arguments]
+    job = Job([*command, "data.val_size=100000"], tmp_path)
+    job.wait_for("run folder")
+    time.sleep(6)  # one step of training, then minutes of validation
+    job.interrupt()
+    assert job.finish(40) == 128 + signal.SIGINT
+    assert "interrupted after step 1:" in job.output
+    resumed = run_job([*command, "data.val_size=4", "ckpt_path=last"], tmp_path)
+    assert resumed.process.returncode == 0, resumed.output + resumed.error_output
+    # The broken-off validation is made up for, and then comes the second epoch.
+    steps = [line.split()[3] for line in resumed.lines if line.startswith("epoch")]
+    assert steps == ["1", "2"]
+    assert all("mIoU" in line for line in resumed.lines if line.startswith("epoch"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.batchsize=1"], "error: data.batchsize: no such key. Did you mean data.batch_size?\n"),
+        (["data.batch_size=0"], "error: data: batch_size must be a whole number of at least 1, got 0\n"),
+        (["ckpt_path=/nothing/here.ckpt"], "error: ckpt_path: there is no file /nothing/here.ckpt\n"),
+    ],
+)
+def test_a_mistake_ends_with_one_line(tmp_path, overrides, message):
+    job = run_job([str(TRAIN_SH), *TINY, *overrides], tmp_path)
+    assert job.process.returncode == 2
+    assert job.error_output == message
+    assert job.output == ""
+
+
+def test_the_command_without_torchrun_reports_a_mistake_alike(tmp_path):
+    command = [sys.executable, "-m", "syncbn.training.train", "trainer.precision=7", "norm=local"]
+    job = run_job(command, tmp_path)
+    assert job.process.returncode == 2
+    assert job.error_output.startswith("error: trainer: ")
+    assert job.error_output.count("\n") == 1
+
+
+def test_the_launcher_passes_a_crash_on(tmp_path):
+    """A crash keeps its traceback and its status; torchrun adds nothing."""
+    job = run_job([str(TRAIN_SH), *TINY, "norm=local", "task.class_names=[a,b]"], tmp_path)
+    assert job.process.returncode == 1
+    assert "ValueError: the model must return scores [B, 2, H, W]" in job.error_output
+    assert "ChildFailedError" not in job.error_output
+
+
+def test_the_script_is_clean():
+    shellcheck = shutil.which("shellcheck", path=environment()["PATH"])
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    subprocess.run([shellcheck, str(TRAIN_SH)], check=True)
