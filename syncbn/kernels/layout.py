@@ -13,7 +13,8 @@ class Matrix(NamedTuple):
     """A dense tensor [N, C, ...], seen in the order of its memory as a matrix.
 
     Contiguous: N·C rows, each one channel of one image; sums run along dimension 1. Channels last (and [N, C] itself):
-    C columns, each one channel; sums run along dimension 0. Other strides are copied into the closer of the two. Values of channels are *spread* to be combined with the matrix: [N·C, 1] or [1, C].
+    C columns, each one channel; sums run along dimension 0. Other strides are copied into the closer of the two.
+    Values of channels are *spread* to be combined with the matrix: [N·C, 1] or [1, C].
     """
 
     tensor: Tensor

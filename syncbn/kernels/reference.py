@@ -1,8 +1,8 @@
 """The specification: the four operations in plain differentiable PyTorch, on any device.
 
 The formulas are those of Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1 and section 3, over the union of
-all processes' batches. Everything is computed in float64; only the results are rounded to x's dtype. These lines run for
-double backward and on every device without a faster backend, and every faster backend is tested against them.
+all processes' batches. Everything is computed in float64; only the results are rounded to x's dtype. These lines run
+for double backward and on every device without a faster backend, and every faster backend is tested against them.
 """
 
 from __future__ import annotations
