@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 _LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 _NCCL_WITH_LAUNCH_ORDER = (2, 26)
@@ -127,7 +128,10 @@ def _new_group_of_all(timeout: timedelta | None) -> Any:
 
 def _timeout_of(group: Any) -> timedelta:
     """The timeout that the user gave the default group. A new group would get its backend's default instead."""
-    return group._get_backend(group._device_types[0]).options._timeout
+    options = getattr(
+        group._get_backend(group._device_types[0]), "options", None
+    )  # not every vendor's backend has them
+    return default_pg_timeout if options is None else options._timeout
 
 
 class Exchange:
@@ -138,7 +142,8 @@ class Exchange:
         dedicated: for all processes, whether to use a communicator beside the default group, so that a layer's few
             kilobytes do not wait behind DistributedDataParallel's gradient buckets. It is made once per process, at
             the first exchange of any model, in which all processes take part.
-        timeout: how long an exchange on the dedicated communicator may take; None for the default group's timeout.
+        timeout: how long an exchange on the dedicated communicator may take; None for the default group's timeout. It
+            is that of the model which makes the communicator.
 
     Raises:
         ValueError: ``process_group`` has more than one dimension, or this process is not a member of it.
@@ -150,30 +155,27 @@ class Exchange:
     """
 
     def __init__(self, process_group: Any = None, dedicated: bool = True, timeout: timedelta | None = None) -> None:
-        self._own_group = _reference(_resolve(process_group))
+        group = _resolve(process_group)
+        self._own_group = _reference(group)
+        # By its name and ranks a group is found again: after pickling, and after torch.distributed was set up anew.
+        self._identity = None if group is None else (str(group.group_name), tuple(_ranks_of(group)))
         self.dedicated = dedicated
         self.timeout = timeout
         self.calls = 0
         self.bytes = 0
         self._layers: list[str] = []
-        self._saved_group: tuple[str, list[int]] | None = None
         self._communicator: _Communicator | None = None
         self._first_tag = 0
 
     @property
     def process_group(self) -> Any:
-        """The process group that the user passed, or None for all processes.
+        """The process group that the user passed, where it still exists; None for all processes."""
+        return self._own_group()
 
-        Raises:
-            RuntimeError: it has been destroyed.
-        """
-        group = self._own_group()
-        if group is None and self._own_group is not _nothing:
-            raise RuntimeError(
-                "the process group of this model has been destroyed: call syncbn.convert(model, process_group=...) "
-                "with one that exists"
-            )
-        return group
+    @property
+    def ranks(self) -> tuple[int, ...] | None:
+        """The global ranks of the processes that the user chose; None for all processes."""
+        return None if self._identity is None else self._identity[1]
 
     def register(self, description: str) -> int:
         """Adds a layer; ``description`` must be the same on all processes. Returns the layer's index."""
@@ -217,10 +219,11 @@ class Exchange:
                 "the first exchange of a model makes its communicator, which a CUDA graph cannot capture: run one "
                 "training step, or call exchange.connect(device), before the capture"
             )
-        if self.process_group is None and self._saved_group is None and self.dedicated:
+        group = self._group()
+        if group is None and self.dedicated:
             communicator = _communicators.dedicated(self.timeout)
         else:
-            communicator = _communicators.of(self._group())
+            communicator = _communicators.of(group or dist.group.WORLD)
         _require_device(communicator, device)
         if len(communicator.ranks) > 1:
             _require_same_layers(communicator, self._layers, device)
@@ -256,19 +259,22 @@ class Exchange:
         return communicator
 
     def _group(self) -> Any:
-        """The process group to use: the user's own, or the default one."""
-        if self._saved_group is not None:
-            self._own_group = _reference(_find_saved_group(*self._saved_group))
-            self._saved_group = None
-        return dist.group.WORLD if self.process_group is None else self.process_group
+        """The user's process group, or None for all processes.
+
+        Raises:
+            RuntimeError: it does not exist in this program, or not any more.
+        """
+        if self._identity is None:
+            return None
+        group = self._own_group()
+        if group is None or not _exists(group):
+            group = _find_group(*self._identity)
+            self._own_group = _reference(group)
+        return group
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what lives in this process only. The user's own group is remembered by its name and ranks."""
-        state = self.__dict__ | {"_own_group": _nothing, "_communicator": None, "_first_tag": 0}
-        group = self._own_group()
-        if group is not None:
-            state["_saved_group"] = (group.group_name, _ranks_of(group))
-        return state
+        """All but what lives in this process only."""
+        return self.__dict__ | {"_own_group": _nothing, "_communicator": None, "_first_tag": 0}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         """A copied model is another model: it shares the communicator, but proves its layers and counts for itself."""
@@ -279,19 +285,17 @@ class Exchange:
 
     def renewed(self) -> Exchange:
         """An Exchange with the same options and no layers yet."""
-        renewed = Exchange(self.process_group, self.dedicated, self.timeout)
-        renewed._saved_group = self._saved_group
+        renewed = Exchange(None, self.dedicated, self.timeout)
+        renewed._own_group, renewed._identity = self._own_group, self._identity
         return renewed
 
     @property
     def options(self) -> tuple[Any, ...]:
         """What two Exchanges have in common if one can stand for the other; hashable."""
-        return self.process_group, self.dedicated, self.timeout, str(self._saved_group)
+        return self._identity, self.dedicated, self.timeout
 
     def __repr__(self) -> str:
-        group = self._own_group()
-        over = "all processes" if group is None else f"ranks {_ranks_of(group)}"
-        return f"Exchange({over})"
+        return f"Exchange({'all processes' if self.ranks is None else f'ranks {list(self.ranks)}'})"
 
 
 def _ranks_of(group: Any) -> list[int]:
@@ -299,7 +303,10 @@ def _ranks_of(group: Any) -> list[int]:
 
 
 def _resolve(process_group: Any) -> Any:
-    """The ProcessGroup meant by what the user passed; None for all processes."""
+    """The ProcessGroup meant by what the user passed; None for all processes.
+
+    The default group (which a mesh of all processes has, too) means all processes, not that very group: DDP uses it.
+    """
     if process_group is None or not dist.is_available():
         return None
     if process_group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -314,7 +321,7 @@ def _resolve(process_group: Any) -> Any:
                 f"{process_group.mesh_dim_names or ''}: pass the slice over which statistics are to be formed, such as "
                 f"mesh['dp']"
             )
-        return process_group.get_group()
+        return _unless_default(process_group.get_group())
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"expected process_group to be a ProcessGroup, a one-dimensional DeviceMesh or None for all processes, "
@@ -325,23 +332,36 @@ def _resolve(process_group: Any) -> Any:
             f"this process (rank {dist.get_rank()}) is not a member of the process group it was given, ranks "
             f"{_ranks_of(process_group)}: pass each process a group that it belongs to"
         )
-    return process_group
+    return _unless_default(process_group)
 
 
-def _find_saved_group(name: Any, ranks: list[int]) -> Any:
-    """The process group with which a pickled model was saved, if this program has it, too."""
-    if ranks == list(range(dist.get_world_size())):
-        return dist.group.WORLD
+def _unless_default(group: Any) -> Any:
+    return None if group is dist.group.WORLD else group
+
+
+def _exists(group: Any) -> bool:
+    """Whether torch.distributed has the group, still or again."""
+    try:
+        _ranks_of(group)
+    except (KeyError, ValueError):
+        return False
+    return True
+
+
+def _find_group(name: Any, ranks: tuple[int, ...]) -> Any:
+    """The group of this name and these ranks; None, for all processes, if these are all."""
     try:
         group = dist.distributed_c10d._resolve_process_group(name)
     except RuntimeError:
         group = None
-    if group is None or _ranks_of(group) != ranks:
-        raise RuntimeError(
-            f"this model was saved with a process group of ranks {ranks}, which does not exist here: call "
-            f"syncbn.convert(model, process_group=...) with the group that it shall use"
-        )
-    return group
+    if group is not None and _exists(group) and tuple(_ranks_of(group)) == ranks:
+        return None if group is dist.group.WORLD else group
+    if ranks == tuple(range(dist.get_world_size())):
+        return None
+    raise RuntimeError(
+        f"this model forms its statistics over a process group of ranks {list(ranks)}, which does not exist here: call "
+        f"syncbn.convert(model, process_group=...) with the group that it shall use"
+    )
 
 
 def _require_device(communicator: _Communicator, device: torch.device) -> None:

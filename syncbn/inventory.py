@@ -137,6 +137,4 @@ def _over(exchange: Exchange, note: str) -> tuple[str, str]:
         return "unknown", str(error)
     if size == 1:
         return "this process", note or "there is no other"
-    if exchange.process_group is None:
-        return f"all {size} processes", note
-    return f"ranks {dist.get_process_group_ranks(exchange.process_group)}", note
+    return (f"all {size} processes" if exchange.ranks is None else f"ranks {list(exchange.ranks)}"), note

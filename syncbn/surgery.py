@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -295,11 +294,7 @@ def _own_exchange(layer: nn.Module) -> Exchange:
         return layer._exchange.renewed()
     recipe = recipe_of(anchor_of(type(layer)) or type(layer))
     group = vars(layer).get(recipe.group) if recipe is not None and recipe.group is not None else None
-    return Exchange(None if group is _world() else group)
-
-
-def _world() -> Any:
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return Exchange(group)
 
 
 def _synchronize(layer: nn.Module, exchange: Exchange, name: str) -> None:

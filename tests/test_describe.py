@@ -135,7 +135,7 @@ def test_over_whom(processes: Any) -> None:
     assert two[:3] == [everyone, "synchronized over ranks [0, 1]", everyone]
     assert two[3] == "3 of 3 batch normalization layers synchronized over all 2 processes or ranks [0, 1]."
     assert one[4] == "unknown"
-    assert "saved with a process group of ranks [0]" in one[5]
+    assert "over a process group of ranks [0], which does not exist here" in one[5]
 
 
 def test_describing_changes_nothing() -> None:

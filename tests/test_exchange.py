@@ -92,7 +92,7 @@ def test_a_new_process_group_after_the_old_one(tmp_path: Path) -> None:
     """The communicator is made again, and nothing aborts at exit (a gloo group kept for too long does)."""
     run = launch("again.py", str(tmp_path), TORCH_DISTRIBUTED_DEBUG="DETAIL")
     assert run.returncode == 0, run.stderr
-    assert sorted(run.stdout.split("\n"))[1:] == ["rank 0 is done", "rank 1 is done"]
+    assert all(f"rank {rank} is done" in run.stdout for rank in range(2))
 
 
 # ---- NCCL's rules, as far as they can be seen without a GPU
@@ -120,6 +120,30 @@ def test_where_the_launch_order_is_fixed(
     monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", value)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: version)
     assert exchange._launch_order_is_fixed() is fixed
+
+
+def test_how_the_communicator_is_made_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of NCCL, on a machine that may have none: high priority, few CTAs, the user's timeout."""
+    from syncbn import exchange
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(exchange, "_uses_nccl", lambda group: True)
+    monkeypatch.setattr(dist, "new_group", lambda **options: asked.update(options) or "a new group")
+    monkeypatch.setattr(exchange, "_launch_order_is_fixed", lambda: True)
+    assert exchange._new_group_of_all(timedelta(seconds=7)) == "a new group"
+    assert asked["timeout"] == asked["pg_options"]._timeout == timedelta(seconds=7)
+    assert asked["pg_options"].is_high_priority_stream
+    assert asked["pg_options"].config.max_ctas == 4
+
+    monkeypatch.setattr(exchange, "_launch_order_is_fixed", lambda: False)
+    with pytest.warns(UserWarning, match=r"shares the default process group.*NCCL_LAUNCH_ORDER_IMPLICIT=1"):
+        assert exchange._new_group_of_all(timedelta(seconds=7)) is dist.group.WORLD
+
+
+def test_a_cuda_graph_cannot_capture_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"exchange.connect\(device\), before the capture"):
+        Exchange().connect(torch.device("cuda"))
 
 
 # ---- other processes than all
@@ -216,22 +240,55 @@ def _copies() -> list[float]:
 
 
 def test_a_saved_group_that_is_not_here(processes: Any) -> None:
-    (saved, *_) = processes(4).run(_save_with_subgroup)
-    (error,) = set(processes(2).run(_load_and_run, saved))
-    assert "saved with a process group of ranks [0, 3], which does not exist here" in error
-    assert "syncbn.convert(model, process_group=...)" in error
+    (saved, *_) = processes(4).run(_save, [0, 3])
+    for error, over in processes(2).run(_load_and_run, saved):
+        assert "over a process group of ranks [0, 3], which does not exist here" in error
+        assert "syncbn.convert(model, process_group=...)" in error
+        assert over == "Exchange(ranks [0, 3])"
 
 
-def _save_with_subgroup() -> bytes:
-    group = dist.new_group([0, 3])
-    return pickle.dumps(syncbn.SyncBatchNorm(1, process_group=group)) if dist.get_rank() in (0, 3) else b""
-
-
-def _load_and_run(saved: bytes) -> str:
+@pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [0, 1]], ids=["all", "those that are all here"])
+def test_a_model_of_all_processes_runs_in_any_number(processes: Any, ranks: list[int]) -> None:
+    (saved, *_) = processes(4).run(_save, ranks)
+    for error, _ in processes(2).run(_load_and_run, saved):
+        assert error == "fine"
     layer = pickle.loads(saved)
+    assert layer(torch.randn(4, 1)).shape == (4, 1)
+
+
+def _save(ranks: list[int]) -> bytes:
+    group = dist.group.WORLD if len(ranks) == dist.get_world_size() else dist.new_group(ranks)
+    return pickle.dumps(syncbn.SyncBatchNorm(1, process_group=group)) if dist.get_rank() in ranks else b""
+
+
+def _load_and_run(saved: bytes) -> tuple[str, str]:
+    layer = pickle.loads(saved)
+    over = repr(layer._exchange)
     error = _error(lambda: layer(torch.randn(4, 1)))
     syncbn.convert(layer, process_group=dist.group.WORLD)(torch.randn(4, 1))
-    return error
+    return error, over
+
+
+def test_the_default_group_means_all_processes_not_ddps_own_group(processes: Any) -> None:
+    """Passed by name, or as a mesh of all processes: gradient buckets run on it, in an order of their own."""
+    for shared in processes(2).run(_pass_the_default_group):
+        assert shared == [False, False]
+
+
+def _pass_the_default_group() -> list[bool]:
+    groups = [dist.group.WORLD, init_device_mesh("cpu", (2,))]
+    layers = [syncbn.SyncBatchNorm(3, process_group=group) for group in groups]
+    for layer in layers:
+        layer(torch.randn(4, 3))
+    return [layer._exchange._communicator.group is dist.group.WORLD for layer in layers]
+
+
+@pytest.mark.parametrize("held", ["held", "not held"])
+def test_after_the_process_group_is_destroyed(tmp_path: Path, held: str) -> None:
+    """The end of training: a model with a group of its own is copied, saved, evaluated, converted to another."""
+    run = launch("destroyed.py", str(tmp_path), held)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Exchange(ranks [0, 1])") == 2
 
 
 # ---- processes whose layers do not belong together

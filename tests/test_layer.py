@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import syncbn
@@ -198,6 +199,39 @@ def test_copies_and_pickles() -> None:
         assert type(other) is syncbn.SyncBatchNorm
         assert torch.equal(other(x), copy.deepcopy(layer)(x))
         assert other._exchange is not layer._exchange
+
+
+def test_modes_do_not_leave_traces() -> None:
+    """A call under inference_mode, no_grad or another default device is like any other, and so is the next one."""
+    ours, plain = pair((4, 3, 8, 8))
+    x = torch.randn(4, 3, 8, 8)
+    results: list[list[Tensor]] = [[], []]
+    for layer, result in zip((ours, plain), results, strict=True):
+        with torch.inference_mode():
+            result.append(layer(x).clone())
+        with torch.no_grad():
+            y = layer(x)
+            assert not y.requires_grad
+            result.append(y)
+        with torch.device("meta"):
+            result.append(layer(x))
+        leaf = x.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        result += [leaf.grad, *layer.buffers()]
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine.clone(), theirs.clone(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_plain_checkpointing_gives_right_gradients(use_reentrant: bool) -> None:
+    ours, plain = pair((4, 3, 8, 8), dtype=torch.float64)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    gradients = []
+    for run in (lambda leaf: torch.utils.checkpoint.checkpoint(ours, leaf, use_reentrant=use_reentrant), plain):
+        leaf = x.clone().requires_grad_()
+        run(leaf).sin().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_meta_device() -> None:

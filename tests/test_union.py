@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judge import Options, assert_close, assert_union, judge, run_layer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 
@@ -225,6 +226,49 @@ def test_gradient_pushes_neither_mean_nor_scale(processes: Any) -> None:
 def test_no_gradient_for_the_input_no_backward_exchange(processes: Any) -> None:
     results = assert_union(processes, data((2, 3, 4, 4), (2, 3, 4, 4)), Options(requires_grad=False))
     assert [result.calls for result in results] == [1, 1]
+
+
+def test_nothing_is_read_on_the_host(processes: Any) -> None:
+    """No ``.item()``, no boolean indexing, no nonzero: forward, statistics, tag check, update and backward."""
+    assert processes(2).run(_read_nothing) == [True, True]
+
+
+class _NoReading(TorchDispatchMode):
+    """Refuses what would wait for a GPU: results on the host, or shapes that depend on values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "index.Tensor", "equal", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not str(func).removeprefix("aten.").startswith(self.FORBIDDEN), f"{func} reads on the host"
+        return func(*args, **(kwargs or {}))
+
+
+def _read_nothing() -> bool:
+    for momentum in (0.1, None):
+        layer = syncbn.SyncBatchNorm(3, momentum=momentum)
+        layer(torch.randn(4, 3))  # connects, which does read
+        for shape in ((2, 3, 8, 8), (0, 3, 8, 8)):
+            x = torch.randn(shape, requires_grad=True)
+            with _NoReading():
+                layer(x).square().sum().backward()
+    return bool(layer.num_batches_tracked == 2)
+
+
+def test_many_steps_keep_the_processes_bit_equal(processes: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        states = processes(4).run(_many_steps, dtype)
+        for state in states[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(state, states[0], strict=True))
+
+
+def _many_steps(dtype: torch.dtype) -> list[Tensor]:
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    layers = [syncbn.SyncBatchNorm(5, momentum=momentum, dtype=dtype) for momentum in (0.1, None)]
+    for step in range(40):
+        for layer in layers:
+            layer((torch.randn((step + rank) % 4, 5, 3) * 3 + rank).to(dtype))
+    return [buffer for layer in layers for buffer in layer.buffers()]
 
 
 def test_eval_exchanges_nothing(processes: Any) -> None:

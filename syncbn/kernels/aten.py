@@ -15,8 +15,6 @@ Computed in float32 for bfloat16, float16 and float32 input, in float64 for floa
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,18 +37,17 @@ class Centered(NamedTuple):
 def moments(x: Tensor, tag: int) -> tuple[Tensor, Centered | None]:
     """The forward message, [2C+3] float64: Σx | Σx² | n | tag | tag². Reads x, writes and reads z."""
     C = x.shape[1]
-    numbers = torch.tensor([x.numel() // C, tag, tag * tag], dtype=torch.float64)
+    numbers = torch.tensor([x.numel() // C, tag, tag * tag], dtype=torch.float64, device=x.device)
     if x.numel() == 0:
-        return torch.cat([torch.zeros(2 * C, dtype=torch.float64), numbers]), None
+        return torch.cat([torch.zeros(2 * C, dtype=torch.float64, device=x.device), numbers]), None
     matrix, dtype = Matrix.of(x), _compute_dtype(x)
     pivot = _pivot(matrix, dtype)
     z = torch.empty_like(matrix.tensor, dtype=dtype)
     x_chunks, z_chunks, pivots = _chunks(matrix, matrix.values, matrix.same(z), pivot)
     sums = []
-    for x_chunk, z_chunk, pivot_chunk, scratch in zip(x_chunks, z_chunks, pivots, _scratch(z_chunks), strict=True):
+    for x_chunk, z_chunk, pivot_chunk in zip(x_chunks, z_chunks, pivots, strict=True):
         torch.sub(x_chunk, pivot_chunk, out=z_chunk)
-        sum_z = z_chunk.sum(matrix.dim)
-        sums.append(torch.stack([sum_z, torch.mul(z_chunk, z_chunk, out=scratch).sum(matrix.dim)]))
+        sums.append(torch.stack([z_chunk.sum(matrix.dim), z_chunk.square().sum(matrix.dim)]))
     sum_z, sum_zz = _gather(matrix, sums).unbind()
     pivot_ = pivot.double().view(-1)
     sum_x = sum_z + matrix.length * pivot_
@@ -92,9 +89,9 @@ def grad_moments(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, tag: int) ->
     Σdy·x̂ = r·(Σdy·(x − hi) − lo·Σdy).
     """
     C = x.shape[1]
-    numbers = torch.tensor([tag, tag * tag], dtype=torch.float64)
+    numbers = torch.tensor([tag, tag * tag], dtype=torch.float64, device=x.device)
     if x.numel() == 0:
-        return torch.cat([torch.zeros(2 * C, dtype=torch.float64), numbers])
+        return torch.cat([torch.zeros(2 * C, dtype=torch.float64, device=x.device), numbers])
     matrix = Matrix.of(x)
     hi, lo = _in_two_parts(mean, _compute_dtype(x))
     sums = _two_sums(matrix, matrix.same(dy), matrix.values, *matrix.spread(hi.unsqueeze(0)))
@@ -122,10 +119,9 @@ def grad_input(
     dx = torch.empty_like(matrix.tensor)
     spread = matrix.spread(torch.stack([mean, a, b, c]).to(dtype))
     x_chunks, dy_chunks, dx_chunks, *others = _chunks(matrix, matrix.values, matrix.same(dy), matrix.same(dx), *spread)
-    for x_chunk, dy_chunk, dx_chunk, hi, a, b, c, room in zip(
-        x_chunks, dy_chunks, dx_chunks, *others, _room(dx_chunks, dtype), strict=True
-    ):
-        z = torch.sub(hi, x_chunk, out=room)
+    in_place = dx.dtype == dtype
+    for x_chunk, dy_chunk, dx_chunk, hi, a, b, c in zip(x_chunks, dy_chunks, dx_chunks, *others, strict=True):
+        z = torch.sub(hi, x_chunk, out=dx_chunk if in_place else None)
         _scale_and_shift(z, b, c, out=z)
         torch.addcmul(z, dy_chunk, a, out=dx_chunk)
     return dx
@@ -152,27 +148,6 @@ def _chunks(matrix: Matrix, *of_rows: Tensor) -> list[tuple[Tensor, ...]]:
     """Matrices and spread values, each cut into the same chunks of whole rows."""
     step = max(1, CHUNK * torch.get_num_threads() // matrix.values.shape[1])
     return [matrix.split(each, step) for each in of_rows]
-
-
-_kept = threading.local()
-
-
-def _scratch(chunks: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """One piece of memory in the shape of each of the chunks, the thread's own and kept from call to call.
-
-    Taken anew each time, it makes the allocator return memory to the system, and later calls pay for page faults.
-    """
-    numel, dtype = chunks[0].numel(), dtype or chunks[0].dtype
-    kept = getattr(_kept, "memory", None)
-    if kept is None or kept.dtype != dtype or kept.numel() < numel:
-        kept = _kept.memory = torch.empty(numel, dtype=dtype)
-    first = kept[:numel].view(chunks[0].shape)
-    return [first] * (len(chunks) - 1) + [first[: len(chunks[-1])]]
-
-
-def _room(results: tuple[Tensor, ...], dtype: torch.dtype) -> Sequence[Tensor]:
-    """Where to compute the results: in their own memory, or in scratch where their dtype is too coarse."""
-    return results if results[0].dtype == dtype else _scratch(results, dtype)
 
 
 def _in_two_parts(mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
