@@ -60,9 +60,9 @@ class _Communicator:
 
     @property
     def alive(self) -> bool:
-        """Whether torch.distributed is still that in which the group was made."""
+        """Whether the group exists, in the torch.distributed in which it was made."""
         world = dist.group.WORLD
-        return world is not None and self._world() is world
+        return world is not None and self._world() is world and self._group() is not None
 
     @property
     def group(self) -> Any:

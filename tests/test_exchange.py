@@ -256,6 +256,22 @@ def test_a_model_of_all_processes_runs_in_any_number(processes: Any, ranks: list
     assert layer(torch.randn(4, 1)).shape == (4, 1)
 
 
+def test_a_group_destroyed_by_itself_is_missed(processes: Any) -> None:
+    """It must not be taken for the default group."""
+    for error in processes(4).run(_destroy_the_group):
+        assert "which does not exist here" in error
+
+
+def _destroy_the_group() -> str:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    layer = syncbn.SyncBatchNorm(1, process_group=groups[dist.get_rank() // 2])
+    x = torch.randn(4, 1)
+    layer(x)
+    dist.destroy_process_group(groups[dist.get_rank() // 2])
+    del groups
+    return _error(lambda: layer(x))
+
+
 def _save(ranks: list[int]) -> bytes:
     group = dist.group.WORLD if len(ranks) == dist.get_world_size() else dist.new_group(ranks)
     return pickle.dumps(syncbn.SyncBatchNorm(1, process_group=group)) if dist.get_rank() in ranks else b""

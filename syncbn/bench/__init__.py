@@ -1,0 +1,1 @@
+"""Measuring the layer, against others, in one run."""
