@@ -115,29 +115,29 @@ def test_importing_fixes_the_launch_order_of_nccl() -> None:
 def test_where_the_launch_order_is_fixed(
     monkeypatch: pytest.MonkeyPatch, value: str, version: tuple[int, ...], fixed: bool
 ) -> None:
-    from syncbn import exchange
+    from syncbn import communicator
 
     monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", value)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: version)
-    assert exchange._launch_order_is_fixed() is fixed
+    assert communicator._launch_order_is_fixed() is fixed
 
 
 def test_how_the_communicator_is_made_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of NCCL, on a machine that may have none: high priority, few CTAs, the user's timeout."""
-    from syncbn import exchange
+    from syncbn import communicator
 
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(exchange, "_uses_nccl", lambda group: True)
+    monkeypatch.setattr(communicator, "_uses_nccl", lambda group: True)
     monkeypatch.setattr(dist, "new_group", lambda **options: asked.update(options) or "a new group")
-    monkeypatch.setattr(exchange, "_launch_order_is_fixed", lambda: True)
-    assert exchange._new_group_of_all(timedelta(seconds=7)) == "a new group"
+    monkeypatch.setattr(communicator, "_launch_order_is_fixed", lambda: True)
+    assert communicator._new_group_of_all(timedelta(seconds=7)) == "a new group"
     assert asked["timeout"] == asked["pg_options"]._timeout == timedelta(seconds=7)
     assert asked["pg_options"].is_high_priority_stream
     assert asked["pg_options"].config.max_ctas == 4
 
-    monkeypatch.setattr(exchange, "_launch_order_is_fixed", lambda: False)
+    monkeypatch.setattr(communicator, "_launch_order_is_fixed", lambda: False)
     with pytest.warns(UserWarning, match=r"shares the default process group.*NCCL_LAUNCH_ORDER_IMPLICIT=1"):
-        assert exchange._new_group_of_all(timedelta(seconds=7)) is dist.group.WORLD
+        assert communicator._new_group_of_all(timedelta(seconds=7)) is dist.group.WORLD
 
 
 def test_a_cuda_graph_cannot_capture_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
