@@ -273,7 +273,7 @@ def test_a_strategy_that_ignores_the_plugin_is_refused(processes: Any, tmp_path:
         assert "def configure_model(self):\n        syncbn.convert(self)" in outcome["message"]
         assert not outcome["trained"]
         assert outcome["converted in configure_model"] == [CONVERTED, CONVERTED]
-        assert outcome["over"] == {"ranks [0, 1]"}
+        assert outcome["over"] == {"all 2 processes"}
         torch.testing.assert_close(outcome["running mean"], outcomes[0]["running mean"])
         assert outcome["without the plugin"] == PLAIN
 
