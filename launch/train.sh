@@ -4,7 +4,7 @@
 #
 #   launch/train.sh norm=local trainer.max_epochs=4
 #
-# `python` is the one on PATH; it needs syncbn installed.
+# `python` is the one of the active environment; in a checkout without one, that of `make setup`.
 set -euo pipefail
 
 # Two processes that each start a thread per core would fight over the cores.
@@ -17,4 +17,10 @@ if [[ "$(uname -s)" == Linux ]]; then
   export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}"
 fi
 
-exec python -m syncbn.training.launch "$@"
+checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python=python
+if [[ -z "${VIRTUAL_ENV:-}" && -x "$checkout/.venv/bin/python" ]]; then
+  python="$checkout/.venv/bin/python"
+fi
+
+exec "$python" -m syncbn.training.launch "$@"

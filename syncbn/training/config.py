@@ -2,6 +2,7 @@
 
 import functools
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def compose_config(overrides: list[str]) -> DictConfig:
             return compose(CONFIG_NAME, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
+    except ValueError as error:  # Hydra's bare answer to a group that is set to null
+        raise UserError(f"{error}: a group cannot be null, see {config_dir()} for its options") from error
 
 
 def explain(error: BaseException) -> str:
@@ -82,6 +85,11 @@ def check(cfg: DictConfig) -> None:
         OmegaConf.resolve(cfg.copy())
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, got {cfg.seed!r}")
+    run_dir = Path(cfg.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir: {run_dir} is a file; give the name of a folder")
     find_checkpoint(cfg)
 
 
@@ -96,13 +104,13 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
     """
     if cfg.ckpt_path is None:
         return None
-    if cfg.ckpt_path == "last":
-        return _last_checkpoint(cfg)
-    path = Path(cfg.ckpt_path).expanduser()
+    path = _last_checkpoint(cfg) if cfg.ckpt_path == "last" else Path(cfg.ckpt_path).expanduser()
     if path.is_dir():
         path = path / LAST_CHECKPOINT
     if not path.is_file():
         raise UserError(f"ckpt_path: there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"ckpt_path: {path} is no checkpoint, or a damaged one")
     return path.resolve()
 
 
@@ -110,13 +118,13 @@ def _last_checkpoint(cfg: DictConfig) -> Path:
     run_dir = Path(cfg.run_dir)
     own = run_dir / LAST_CHECKPOINT
     if own.is_file():
-        return own.resolve()
+        return own
     if not OmegaConf.is_interpolation(cfg, "run_dir"):
         raise UserError(f"ckpt_path=last: the run in {run_dir} has left no {LAST_CHECKPOINT}")
     candidates = list(run_dir.parent.glob(f"*/{LAST_CHECKPOINT}"))
     if not candidates:
         raise UserError(f"ckpt_path=last: no run in {run_dir.parent} has left a {LAST_CHECKPOINT}")
-    return max(candidates, key=lambda path: path.stat().st_mtime).resolve()
+    return max(candidates, key=lambda path: path.stat().st_mtime)
 
 
 @functools.cache

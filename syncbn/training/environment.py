@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from syncbn.training.errors import UserError
+
 # Set by the launcher, so that all processes of a run, restarted ones included, share one folder.
 RUN_STAMP_VARIABLE = "SYNCBN_RUN_STAMP"
 _STORE_TIMEOUT = timedelta(seconds=60)
@@ -22,15 +24,15 @@ class World:
         """Reads RANK, WORLD_SIZE and LOCAL_WORLD_SIZE.
 
         Raises:
-            ValueError: a variable is no number, or the nodes do not run equally many processes.
+            UserError: a variable is no number, or the nodes do not run equally many processes.
         """
         values = {name: os.environ.get(name, default) for name, default in _DEFAULTS.items()}
         try:
             rank, size, local_size = (int(value) for value in values.values())
         except ValueError:
-            raise ValueError(f"expected whole numbers from the launcher, got {values}") from None
+            raise UserError(f"expected whole numbers from the launcher, got {values}") from None
         if local_size < 1 or size % local_size:
-            raise ValueError(
+            raise UserError(
                 f"WORLD_SIZE={size} is no multiple of LOCAL_WORLD_SIZE={local_size}: "
                 "start equally many processes on every node"
             )
@@ -42,6 +44,12 @@ class World:
 
 
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+
+
+def rank_of_this_process() -> int:
+    """RANK, whatever else is wrong with the environment."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0
 
 
 def new_run_stamp() -> str:

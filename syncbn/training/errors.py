@@ -2,14 +2,26 @@
 
 import difflib
 import sys
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 USER_ERROR_STATUS = 2
 
 
 class UserError(Exception):
     """Something the user can put right: a key, a value, a file. The message says what, in one line."""
+
+
+def built(key: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``make`` makes of the values under a configuration key.
+
+    Raises:
+        UserError: it refuses them; says the key and why.
+    """
+    try:
+        return make(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def fail(message: str, rank: int = 0) -> NoReturn:

@@ -38,14 +38,17 @@ def main() -> NoReturn:
         train.main()
         raise SystemExit(0)
     try:
-        # With other options of Hydra's (--config-dir ...) only the processes know the whole configuration.
-        has_options = any(argument.startswith("-") for argument in arguments)
-        cfg = compose_config([] if has_options else arguments)
+        cfg = compose_config(arguments_for_hydra(arguments))
         check(cfg)
         processes = process_count(cfg)
     except UserError as error:
         fail(str(error))
     raise SystemExit(run(processes, arguments))
+
+
+def arguments_for_hydra(arguments: list[str]) -> list[str]:
+    """The overrides among the arguments: what is no option of Hydra's, nor such an option's value."""
+    return [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
 
 
 def process_count(cfg: DictConfig) -> int:

@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,8 +38,8 @@ from syncbn.training.config import (
     find_checkpoint,
     register_resolvers,
 )
-from syncbn.training.environment import World
-from syncbn.training.errors import UserError, fail
+from syncbn.training.environment import rank_of_this_process
+from syncbn.training.errors import UserError, fail, one_line
 
 _FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
 _INTERRUPTED_STATUS = 130  # what a shell reports after Ctrl-C
@@ -98,7 +98,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if _FULL_ERROR:
             raise
-        rank = World.from_environment().rank
+        rank = rank_of_this_process()
         if rank > 0:
             time.sleep(_AFTER_RANK_0_S)
         fail(explain(error), rank)
@@ -128,15 +128,18 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule, Traine
     """Data, task (with its model) and trainer (with callbacks, loggers and plugins)."""
     data = _build("data", cfg.data)
     task = _build("task", cfg.task)
+    # An explicit trainer.logger=false switches all of them off.
+    chosen = {} if cfg.trainer.logger is False else cfg.logger or {}
+    loggers = [_build(f"logger.{name}", node) for name, node in chosen.items() if node]
     callbacks = [_build(f"callbacks.{name}", node) for name, node in (cfg.callbacks or {}).items() if node]
-    loggers = [_build(f"logger.{name}", node) for name, node in (cfg.logger or {}).items() if node]
+    if not loggers:  # Lightning refuses it then
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     bar = cfg.trainer.enable_progress_bar
     trainer = _build(
         "trainer",
         cfg.trainer,
         callbacks=callbacks,
-        # An explicit trainer.logger=false switches all of them off.
-        logger=False if cfg.trainer.logger is False else loggers,
+        logger=loggers or False,
         # Control characters belong on a terminal; in a file the epoch lines tell the same.
         enable_progress_bar=sys.stderr.isatty() if bar is None else bar,
         # Our own introduction says as much in a line.
@@ -161,6 +164,11 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, cfg:
         trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=False)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+        first = one_line(str(error).partition(":")[2].strip().splitlines()[0])
+        raise UserError(f"ckpt_path: {_shown(cfg.ckpt_path)} does not fit the model: {first}") from error
     except SystemExit:
         # Lightning's answer to KeyboardInterrupt, after its own clean-up.
         if trainer.is_global_zero and Path(cfg.run_dir, LAST_CHECKPOINT).exists():

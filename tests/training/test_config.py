@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from syncbn.training.config import check, compose_config, config_dir, find_checkpoint
 from syncbn.training.environment import RUN_STAMP_VARIABLE, World, run_stamp
 from syncbn.training.errors import UserError
-from syncbn.training.launch import process_count
+from syncbn.training.launch import arguments_for_hydra, process_count
 
 # Where conf/trainer departs from Lightning's defaults, and says so.
 DEPARTURES = {
@@ -100,7 +101,7 @@ def test_torchruns_world_becomes_devices_and_nodes(monkeypatch):
 def test_an_impossible_world_is_refused(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         World.from_environment()
 
 
@@ -138,12 +139,35 @@ def test_a_missing_checkpoint_is_told(tmp_path):
         check(compose_config(["ckpt_path=last", f"name={tmp_path.name}"]))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed must be a whole number"),
+        ("seed=abc", "seed must be a whole number"),
+        ("run_dir={file}", "is a file; give the name of a folder"),
+        ("ckpt_path={file}", "is no checkpoint, or a damaged one"),
+        ("model=null", "a group cannot be null"),
+    ],
+)
+def test_an_impossible_value_is_told(tmp_path, override, message):
+    file = tmp_path / "file"
+    file.write_text("no checkpoint")
+    with pytest.raises(UserError, match=message) as error:
+        check(compose_config([override.format(file=file)]))
+    assert "\n" not in str(error.value)
+
+
+def test_hydras_options_do_not_hide_the_overrides():
+    arguments = ["--config-dir", "x", "trainer.devices=3", "--config-name=train", "norm=local"]
+    assert arguments_for_hydra(arguments) == ["trainer.devices=3", "norm=local"]
+
+
 def test_last_is_the_newest_run_of_the_name_or_the_folder_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, run, age in [("a", "old", 1), ("a", "new", 3), ("b", "newest", 5), ("a", "middle", 2)]:
         path = tmp_path / "runs" / name / run / "checkpoints" / "last.ckpt"
         path.parent.mkdir(parents=True)
-        path.touch()
+        zipfile.ZipFile(path, "w").close()
         os.utime(path, (age, age))
 
     def found(*overrides):

@@ -91,6 +91,7 @@ def test_ink_cannot_be_found_by_brightness_alone(scenes):
         ({"size": 0}, "at least 1"),
         ({"image_size": 20}, "at least 64"),
         ({"digits": (3, 2)}, "fewest <= most"),
+        ({"digits": (60, 60)}, "at most 12 fit"),
         ({"digit_size": (20, 90)}, "digit_size"),
         ({"seed": -1}, "seed"),
     ],
@@ -98,6 +99,10 @@ def test_ink_cannot_be_found_by_brightness_alone(scenes):
 def test_impossible_scenes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DigitScenes(**({"split": "train", "size": 1} | wrong))
+
+
+def test_the_fullest_scene_is_finished():
+    assert len(DigitScenes("train", 1, digits=(12, 12))[0]["labels"]) == 12
 
 
 def test_an_index_outside_is_refused():

@@ -16,6 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CHECKPOINT = "checkpoints/last.ckpt"
+ONE_PROCESS = [sys.executable, "-m", "syncbn.training.train", "norm=local"]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,54 @@ def test_checkpoints_fit_the_ordinary_model(run_dir):
     weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     UNet(11, widths=(4, 8)).load_state_dict(weights, strict=True)
     assert weights["down.0.0.norm.num_batches_tracked"] > 0
+
+
+def test_mean_iou_is_that_of_all_pixels_of_both_processes(run_dir):
+    """Counted by hand, in one process, on the five validation scenes; the sampler had to repeat one."""
+    from syncbn.training.data import DigitScenes
+    from syncbn.training.models import UNet
+
+    state = load(run_dir / CHECKPOINT)["state_dict"]
+    model = UNet(11, widths=(4, 8)).eval()
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    scenes = [DigitScenes("val", 5)[i] for i in range(5)]
+    with torch.no_grad():
+        predicted = torch.stack([model((scene["image"][None] - 0.5) / 0.25)[0].argmax(0) for scene in scenes])
+    truth = torch.stack([scene["semantic"] for scene in scenes])
+    ious = []
+    for category in range(11):
+        either = (predicted == category) | (truth == category)
+        if either.any():
+            ious.append(((predicted == category) & (truth == category)).sum() / either.sum())
+    with (run_dir / "csv" / "version_0" / "metrics.csv").open() as file:
+        *_, logged = [row["val/miou"] for row in csv.DictReader(file) if row["val/miou"]]
+    assert float(logged) == pytest.approx(torch.stack(ious).mean().item(), abs=1e-4)
+
+
+def test_resuming_at_the_end_of_an_epoch_tells_no_epoch_twice(run_dir, tiny_run):
+    _, cwd = tiny_run
+    more = ["trainer.max_epochs=3", f"ckpt_path={run_dir}", "run_dir=longer", "logger=none"]
+    job = run_job([*ONE_PROCESS, *TINY, *more], cwd)
+    assert job.process.returncode == 0, job.output + job.error_output
+    assert [line.split()[1] for line in job.lines if line.startswith("epoch")] == ["3/3"]
+    assert not (cwd / "longer" / "csv").exists()
+    history = next(s["history"] for n, s in load(cwd / "longer" / CHECKPOINT)["callbacks"].items() if n == "Curves")
+    assert len({row["step"] for row in history}) == len(history) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=-1", "error: optimizer: Invalid learning rate: -1"),
+        ("scheduler.warmup=2", "error: scheduler: warmup must be a fraction from 0 to 1, got 2"),
+        ("model.widths=[4,8,16]", "does not fit the model"),
+    ],
+)
+def test_what_only_the_built_objects_refuse(run_dir, tmp_path, override, message):
+    job = run_job([*ONE_PROCESS, *TINY, f"ckpt_path={run_dir}", override], tmp_path)
+    assert job.process.returncode == 2
+    assert message in job.error_output
+    assert job.error_output.count("\n") == 1, job.error_output
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(interrupted_run):

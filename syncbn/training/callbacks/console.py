@@ -19,16 +19,21 @@ class EpochLines(Callback):
     def __init__(self, metrics: Mapping[str, str]) -> None:
         self.metrics = dict(metrics)
         self._epoch_start = 0.0
+        self._first_step = 0
 
     # A run that is resumed within an epoch does not start that epoch once more.
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_start = time.monotonic()
+        self._first_step = trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_start = time.monotonic()
 
     # After validation: Lightning validates within the training epoch.
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        known = any(name in trainer.callback_metrics for name in self.metrics.values())
+        if trainer.global_step == self._first_step and not known:
+            return  # resumed at the end of an epoch, which Lightning ends once more
         epochs = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
         fields = [f"epoch {trainer.current_epoch + 1}{epochs}", f"step {trainer.global_step}"]
         fields += [

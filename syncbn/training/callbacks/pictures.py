@@ -106,6 +106,8 @@ class Curves(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         wanted = {name for curves in self.panels.values() for name in curves.values()}
         logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name in wanted}
+        if not logged and self.history and self.history[-1]["step"] == trainer.global_step:
+            return  # resumed at the end of an epoch, which Lightning ends once more
         self.history.append({"step": float(trainer.global_step), **logged})
 
     @rank_zero_only

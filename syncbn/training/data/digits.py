@@ -21,6 +21,7 @@ CLASS_NAMES = ("background", *(str(digit) for digit in range(10)))
 
 _SPLITS = {"train": 0, "val": 1}
 _VAL_FRACTION = 0.2
+_SMALLEST_DIGIT = 16  # pixels; smaller ones cannot be told apart
 _SCAN_SIZE = 8  # the collection's scans are 8x8 with values 0 to 16
 _SCAN_MARGIN = 1
 _INK_EDGE = (0.25, 0.6)  # scan values between which ink goes from transparent to opaque
@@ -81,11 +82,14 @@ class DigitScenes(Dataset[dict[str, Any]]):
             raise ValueError(f"image_size must be at least 64 pixels, got {image_size}")
         if not 1 <= digits[0] <= digits[1]:
             raise ValueError(f"digits must be [fewest, most] with 1 <= fewest <= most, got {list(digits)}")
-        if not 16 <= digit_size[0] <= digit_size[1] <= image_size // 2:
+        if not _SMALLEST_DIGIT <= digit_size[0] <= digit_size[1] <= image_size // 2:
             raise ValueError(
-                f"digit_size must be [smallest, largest] within 16 to {image_size // 2} pixels "
+                f"digit_size must be [smallest, largest] within {_SMALLEST_DIGIT} to {image_size // 2} pixels "
                 f"(half the image), got {list(digit_size)}"
             )
+        most = image_size**2 // 3 // _SMALLEST_DIGIT**2
+        if digits[1] > most:
+            raise ValueError(f"digits: at most {most} fit into a scene of {image_size} pixels, got {list(digits)}")
         self.split = split
         self.size = size
         self.seed = seed
@@ -152,7 +156,7 @@ class DigitScenes(Dataset[dict[str, Any]]):
                     break
             else:
                 # No room left: smaller digits, and from scratch, since the first ones may stand badly.
-                largest = max(16, largest - 2)
+                largest = max(_SMALLEST_DIGIT, largest - 2)
                 smallest = min(smallest, largest)
                 placed.clear()
         return placed

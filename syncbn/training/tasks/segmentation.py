@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data.distributed import DistributedSampler
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from syncbn.training.errors import UserError, built
 from syncbn.training.tasks.optimization import parameter_groups
 
 _IGNORED = 255  # a target value outside the classes; the metric skips such pixels
@@ -121,15 +122,15 @@ class SegmentationTask(LightningModule):
         return self(batch["image"]).argmax(1)
 
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer(parameter_groups(self))
+        optimizer: Optimizer = built("optimizer", self.make_optimizer, parameter_groups(self))
         if self.make_scheduler is None:
             return optimizer
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
-            raise ValueError(
+            raise UserError(
                 "the schedule needs an end: set trainer.max_epochs or trainer.max_steps, or task.scheduler=null"
             )
-        scheduler = self.make_scheduler(optimizer, total_steps=int(total_steps))
+        scheduler = built("scheduler", self.make_scheduler, optimizer, total_steps=int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
