@@ -18,7 +18,7 @@ from syncbn.training.launch import arguments_for_hydra, process_count
 # Where conf/trainer departs from Lightning's defaults, and says so.
 DEPARTURES = {
     "devices": 1,
-    "max_epochs": 5,
+    "max_epochs": 6,
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
     "default_root_dir": "runs/digits-seg/now",
