@@ -122,9 +122,8 @@ def _new_group_of_all(timeout: timedelta | None) -> Any:
 
 def _timeout_of(group: Any) -> timedelta:
     """The timeout that the user gave the default group. A new group would get its backend's default instead."""
-    options = getattr(
-        group._get_backend(group._device_types[0]), "options", None
-    )  # not every vendor's backend has them
+    backend = group._get_backend(group._device_types[0])
+    options = getattr(backend, "options", None)  # not every vendor's backend has them
     return default_pg_timeout if options is None else options._timeout
 
 

@@ -32,7 +32,8 @@ class Exchange:
     """What all layers of a model share to talk to the other processes.
 
     Args:
-        process_group: a ``ProcessGroup`` or a one-dimensional ``DeviceMesh``, used as it is; None for all processes.
+        process_group: a ``ProcessGroup`` or a one-dimensional ``DeviceMesh``, used as it is. None for all processes;
+            the default group, which is DistributedDataParallel's, means the same.
         dedicated: for all processes, whether to use a communicator beside the default group, so that a layer's few
             kilobytes do not wait behind DistributedDataParallel's gradient buckets. It is made once per process, at
             the first exchange of any model, in which all processes take part.

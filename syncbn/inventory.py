@@ -11,7 +11,8 @@ from torch import nn
 from .exchange import Exchange
 from .layer import SyncBatchNorm
 from .recipes import anchor_of, is_batch_norm, is_frozen
-from .surgery import Found, display_name, find, original_name, reason_for_leaving, why_unconvertible
+from .selection import Found, find, reason_for_leaving
+from .surgery import display_name, original_name, why_unconvertible
 
 SYNCHRONIZED = "synchronized"  # statistics of all its processes
 LOCAL = "local"  # statistics of this process's batch alone

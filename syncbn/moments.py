@@ -30,10 +30,6 @@ class Statistics(NamedTuple):
     n: Tensor  # [], how many values each channel has
 
 
-def channels_of_forward(message: Tensor) -> int:
-    return (message.numel() - TAGS - 1) // 2
-
-
 def statistics(message: Tensor, world_size: int) -> Statistics:
     """Mean and variance from the summed forward message.
 
@@ -44,7 +40,7 @@ def statistics(message: Tensor, world_size: int) -> Statistics:
         mean [C], biased variance [C] (at least 0) and count [], float64. NaN where there is no value at all, or
         where the processes met in different layers.
     """
-    C = channels_of_forward(message)
+    C = (message.numel() - TAGS - 1) // 2
     count = message[2 * C]
     mean_C, mean_of_squares_C = (
         message[: 2 * C].view(2, C) / _nan_unless_tags_agree(message, world_size, count)

@@ -6,14 +6,10 @@ Optimizers, hooks, buffers and whatever else refers to a layer go on to be right
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,11 +17,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .exchange import Exchange
 from .layer import SyncBatchNorm, describe_layer
-from .recipes import anchor_of, is_batch_norm, recipe_of, why_not, why_not_followed
+from .recipes import anchor_of, recipe_of, why_not, why_not_followed
+from .selection import Found, Selection, batch_norms, forget_leaving, remember_leaving, select
 
 Module = TypeVar("Module", bound=nn.Module)
-Selector = str | type[nn.Module]
-Selection = Selector | Iterable[Selector] | None
 
 
 def convert(module: Module, process_group: Any = None, include: Selection = None, exclude: Selection = None) -> Module:
@@ -55,13 +50,13 @@ def convert(module: Module, process_group: Any = None, include: Selection = None
         ValueError: a name or a pattern matches no layer, or this process is not in ``process_group``.
     """
     found = batch_norms(module)
-    chosen, left = _select(found, include, exclude)
+    chosen, left = select(found, include, exclude)
     _require_convertible(module, chosen, process_group is not None)
     exchanges = _exchanges(chosen, process_group)
     _swap_classes([each.layer for each in chosen])
     for each, exchange in zip(chosen, exchanges, strict=True):
         _synchronize(each.layer, exchange, each.name)
-    _reasons_for_leaving.update(left)
+    remember_leaving(left)
     return module
 
 
@@ -91,7 +86,7 @@ def revert(module: Module) -> Module:
     for _, layer in converted:
         revert_layer(layer)
     for each in batch_norms(module):
-        _reasons_for_leaving.pop(each.layer, None)
+        forget_leaving(each.layer)
     return module
 
 
@@ -108,128 +103,9 @@ def revert_layer(layer: nn.Module) -> None:
         vars(layer).pop(name, None)
 
 
-# ---- the layers of a model
-
-
-@dataclass(frozen=True)
-class Found:
-    """A layer and where it stands in the model."""
-
-    layer: nn.Module
-    name: str  # qualified, the first one if the layer stands at several places
-    path_names: set[str] = field(default_factory=set)  # its own names and those of the containers around it
-    containers: list[nn.Module] = field(default_factory=list)  # itself included
-
-
-def batch_norms(module: nn.Module) -> list[Found]:
-    """All layers of ``module`` that form batch statistics, each once, in module order."""
-    return find(module, is_batch_norm)
-
-
-def find(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Found]:
-    """All modules in ``module`` that are ``wanted``, each once, in module order."""
-    found: dict[nn.Module, Found] = {}
-    for path in _paths("", module, []):
-        name, layer = path[-1]
-        if wanted(layer):
-            each = found.setdefault(layer, Found(layer, name))
-            each.path_names.update(name for name, _ in path)
-            each.containers.extend(container for _, container in path)
-    return list(found.values())
-
-
-_Path = list[tuple[str, nn.Module]]
-
-
-def _paths(name: str, module: nn.Module, above: _Path) -> Iterator[_Path]:
-    """Every way from the model to a module in it: names and modules."""
-    if any(module is container for _, container in above):
-        return
-    path = [*above, (name, module)]
-    yield path
-    for child_name, child in module._modules.items():
-        if child is not None:
-            yield from _paths(_child_name(name, module, child_name), child, path)
-
-
-_WRAPPERS_CHILDREN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-def _child_name(name: str, module: nn.Module, child_name: str) -> str:
-    """The child's qualified name in the model before it was wrapped: what patterns are written for."""
-    wrapped = child_name in _WRAPPERS_CHILDREN or isinstance(
-        module, nn.parallel.DistributedDataParallel | nn.DataParallel
-    )
-    return name if wrapped else f"{name}.{child_name}" if name else child_name
-
-
 def display_name(each: Found) -> str:
     """The layer's name in messages; a model that is a layer itself has none of its own."""
     return each.name or original_name(type(each.layer))
-
-
-# ---- which of them
-
-
-_reasons_for_leaving: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def reason_for_leaving(layer: nn.Module) -> str | None:
-    """Why ``convert`` has left the layer out, in words; None where it has not, or nobody remembers."""
-    return _reasons_for_leaving.get(layer)
-
-
-def _select(found: list[Found], include: Selection, exclude: Selection) -> tuple[list[Found], dict[nn.Module, str]]:
-    """The layers to convert, and why not the others."""
-    included, excluded = _selectors(include, "include"), _selectors(exclude, "exclude")
-    _require_matches(found, [*(included or []), *(excluded or [])])
-    left: dict[nn.Module, str] = {}
-    chosen = []
-    for each in found:
-        leaving = next((s for s in excluded or [] if _matches(each, s)), None)
-        if leaving is not None:
-            left[each.layer] = f"left out by exclude={_spelled(leaving)}"
-        elif included is not None and not any(_matches(each, s) for s in included):
-            left[each.layer] = f"not named by include={', '.join(map(_spelled, included))}"
-        else:
-            chosen.append(each)
-            _reasons_for_leaving.pop(each.layer, None)
-    return chosen, left
-
-
-def _selectors(selection: Selection, argument: str) -> list[Selector] | None:
-    if selection is None:
-        return None
-    selectors = [selection] if isinstance(selection, str | type) else list(selection)
-    for selector in selectors:
-        if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
-            raise TypeError(
-                f"expected {argument} to be a layer's name, a pattern such as 'backbone.*', a module class, "
-                f"or a list of these, got {selector!r}"
-            )
-    return selectors
-
-
-def _matches(each: Found, selector: Selector) -> bool:
-    if isinstance(selector, str):
-        return any(fnmatch.fnmatchcase(name, selector) for name in each.path_names if name)
-    return any(isinstance(container, selector) for container in each.containers)
-
-
-def _spelled(selector: Selector) -> str:
-    return repr(selector) if isinstance(selector, str) else selector.__name__
-
-
-def _require_matches(found: list[Found], selectors: list[Selector]) -> None:
-    """Raises for a name that matches nothing. A class may be absent: a script may serve several models."""
-    names = sorted({name for each in found for name in each.path_names if name})
-    for selector in selectors:
-        if isinstance(selector, str) and not any(_matches(each, selector) for each in found):
-            near = difflib.get_close_matches(selector, names, n=5, cutoff=0.3) or names[:5]
-            raise ValueError(
-                f"{selector!r} matches no batch normalization layer of this model; near it are: "
-                f"{', '.join(near) or 'none'}"
-            )
 
 
 # ---- what must be so before anything is changed

@@ -21,7 +21,8 @@ from torch import nn
 
 from ..exchange import Exchange
 from ..layer import SyncBatchNorm
-from ..surgery import Selection, convert, find, revert_layer
+from ..selection import Selection, find
+from ..surgery import convert, revert_layer
 
 
 class SyncBatchNormPlugin(LayerSync):
