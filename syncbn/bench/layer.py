@@ -43,9 +43,9 @@ def main() -> None:
                 to_fairscale.append(best["fairscale"] / best["syncbn"])
             values = (best["syncbn"], best["idle"], best["local"], ratio, best.get("fairscale", float("nan")))
             show("x".join(map(str, shape)), layout, *[f"{value:.2f}" for value in values])
-    show("geometric mean", "", "", "", "", f"{statistics.geometric_mean(to_local):.2f}", "")
+    show("geometric mean", "", "", "", "", f"{geometric_mean(to_local):.2f}", "")
     if to_fairscale and dist.get_rank() == 0:
-        print(f"fairscale takes {statistics.geometric_mean(to_fairscale):.2f} times as long as syncbn")
+        print(f"fairscale takes {geometric_mean(to_fairscale):.2f} times as long as syncbn")
     dist.destroy_process_group()
 
 
@@ -68,13 +68,14 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: 
     turns: dict[str, Callable[[], None]] = {name: partial(step, layer, x, dy) for name, layer in layers.items()}
     turns["idle"] = partial(exchange_idly, messages)
     best = dict.fromkeys(turns, float("inf"))
-    for _ in range(rounds):
+    for round_ in range(rounds + 1):
         for name, turn in turns.items():
             x.grad = None
             dist.barrier()
             start = time.perf_counter()
             turn()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+            if round_ > 0:  # the first one connects the processes
+                best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
     return best
 
 
@@ -85,6 +86,11 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
 def exchange_idly(messages: list[Tensor]) -> None:
     for message in messages:
         dist.all_reduce(message)
+
+
+def geometric_mean(ratios: list[float]) -> float:
+    """NaN where too few rounds on a busy machine have let the idle all-reduces take longer than the layer."""
+    return statistics.geometric_mean(ratios) if min(ratios) > 0 else float("nan")
 
 
 def show(*columns: str) -> None:
