@@ -90,6 +90,11 @@ class Exchange:
             return len(self._communicator.ranks)
         return dist.get_world_size(self._group()) if initialized() else 1
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to exchange with: the layer's statistics are those of this process."""
+        return self.world_size == 1
+
     def tag(self, index: int, backward: bool) -> int:
         """The number that says who is exchanging: unlike for any other layer or direction on the communicator.
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .exchange import Exchange
-from .kernels import Backend, backend_for, reference
-from .moments import Statistics, gradient_means, statistics, update_running_statistics
+from .kernels import Backend, Layer, backend_for, reference
+from .kernels.activation import activate, kept_for_backward, require_activation
+from .moments import Running, Statistics, settle
 
 
 def sync_batch_norm(
@@ -23,6 +24,10 @@ def sync_batch_norm(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
     num_batches_tracked: Tensor | None = None,
     exchange: Exchange | None = None,
     index: int = 0,
@@ -30,7 +35,8 @@ def sync_batch_norm(
     """Batch normalization (Ioffe and Szegedy, 2015) over the union of all processes' batches.
 
     Like ``torch.nn.functional.batch_norm``; in training the statistics, and in backward the gradient's, are summed over
-    the processes of ``exchange``: one all-reduce in each direction.
+    the processes of ``exchange``: one all-reduce in each direction. A residual and an activation can follow in the
+    same pass over memory.
 
     Args:
         x: [N, C, ...] of 2 to 5 dimensions, floating. N and the places may differ between processes, and be 0.
@@ -40,33 +46,62 @@ def sync_batch_norm(
         training: whether to normalize by the batch's statistics, not by the running ones.
         momentum: the factor of the running statistics' moving average; None for the average of all batches.
         eps: ε, added to the variance.
+        residual: added before the activation; of x's shape and dtype, or whatever can be added to x.
+        mask: the weight of each place in the batch's statistics, bool or at least 0: of x's shape with one channel, or
+            what broadcasts to that. The count is the sum of the weights. All places are normalized, whatever their
+            weight. It takes no gradient.
+        activation: None, "relu", "leaky_relu" or "silu".
+        negative_slope: of "leaky_relu", at least 0.
         num_batches_tracked: [] int64, incremented with each update of the running statistics.
         exchange: how to reach the other processes; None for the statistics of this one alone.
         index: which of the exchange's layers this is, as ``exchange.register`` said.
 
     Returns:
-        γ·(x − mean)/√(var + ε) + β in x's shape, dtype and memory format.
+        activation(γ·(x − mean)/√(var + ε) + β + residual) in x's shape, dtype and memory format.
 
     Raises:
-        ValueError: in training, there is one process and it has one value per channel, or ε is not positive.
+        ValueError: in training, there is one process and it has one value per channel, or ε is not positive, or the
+            mask does not fit; or there is no such activation.
         RuntimeError: the exchange cannot be set up; see ``Exchange.connect``.
         TypeError: in training, x is not floating.
     """
+    require_activation(activation, negative_slope)
     if not training:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+        return _add_and_activate(y, residual, activation, negative_slope)
+    running = _running(running_mean, running_var, num_batches_tracked, momentum)
+    at = exchange, index
+    if residual is None or (residual.shape == x.shape and residual.dtype == x.dtype):
+        return _normalize(x, residual, mask, Layer(weight, bias, eps, activation, negative_slope), running, *at)
+    # A sum of another shape or dtype is PyTorch's to form.
+    y = _normalize(x, None, mask, Layer(weight, bias, eps), running, *at)
+    return _add_and_activate(y, residual, activation, negative_slope)
+
+
+def _add_and_activate(y: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
+    return activate(y if residual is None else y + residual, activation, negative_slope)
+
+
+def _normalize(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    layer: Layer,
+    running: Running | None,
+    exchange: Exchange | None,
+    index: int,
+) -> Tensor:
+    """One call in training."""
     _require_floating(x)
-    _require_positive(eps)
+    _require_positive(layer.eps)
     peers = _peers_of(exchange, index, x.device)
     if peers.world_size == 1:
         _require_more_than_one_value(x)
-    backend = backend_for(x)
-    with torch.no_grad():
-        message, centered = backend.moments(x, peers.forward_tag)
-        stats = statistics(peers.sum(message), peers.world_size)
-        if running_mean is not None and running_var is not None:
-            update_running_statistics(stats, running_mean, running_var, num_batches_tracked, momentum)
-        rstd_C = _rstd(stats, eps)
-    return _Normalize.apply(x, weight, bias, centered, _Call(stats, rstd_C, eps, backend, peers))
+    if mask is not None:
+        mask = _of_one_channel(mask, x)
+    weight, bias = layer.weight, layer.bias
+    layer = layer._replace(weight=None, bias=None, world_size=peers.world_size)
+    return _Normalize.apply(x, residual, weight, bias, mask, _Call(layer, running, backend_for(x), peers))
 
 
 class _Peers(NamedTuple):
@@ -91,7 +126,7 @@ _ALONE = _Peers()
 
 
 def _peers_of(exchange: Exchange | None, index: int, device: torch.device) -> _Peers:
-    if exchange is None or exchange.world_size == 1:
+    if exchange is None or exchange.alone:
         return _ALONE
     exchange.connect(device)
     return _Peers(
@@ -100,53 +135,82 @@ def _peers_of(exchange: Exchange | None, index: int, device: torch.device) -> _P
 
 
 class _Call(NamedTuple):
-    """What one call of the layer leaves for its backward, beside the tensors that autograd follows."""
+    """One call of the layer, beside the tensors that autograd follows."""
 
-    stats: Statistics
-    rstd_C: Tensor
-    eps: float
+    layer: Layer  # without γ and β, which autograd follows
+    running: Running | None
     backend: Backend
     peers: _Peers
 
 
 class _Normalize(torch.autograd.Function):
-    """y = γ·x̂ + β. Its backward knows that mean and var came from x, on all processes."""
+    """y = activation(γ·x̂ + β + residual). Its backward knows that mean and var came from x, on all processes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, centered: Any, call: _Call) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        layer, running, backend, peers = call
+        message, scratch = backend.moments(x, mask, peers.forward_tag)
+        message = peers.sum(message)
+        layer = layer._replace(weight=weight, bias=bias)
+        y, ctx.stats = backend.normalize(x, residual, message, layer, running, scratch)
+        ctx.save_for_backward(x, weight, bias, mask, kept_for_backward(layer.activation, residual, y))
         ctx.call = call
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return call.backend.normalize(x, call.stats.mean_C, call.rstd_C, weight, bias, centered)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        call: _Call = ctx.call
+        x, weight, bias, mask, kept = ctx.saved_tensors
+        (layer, _, backend, peers), stats = ctx.call, ctx.stats
+        layer = layer._replace(weight=weight, bias=bias)
+        needs_dx, needs_dresidual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # gradients of these gradients will be asked for
-            call = _differentiable(call, x)
-        (mean_C, _, n), rstd_C, peers, C = call.stats, call.rstd_C, call.peers, x.shape[1]
-        needs_dx, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
+            backend, stats = reference, _differentiable_statistics(x, mask, layer, peers)
 
-        message = call.backend.grad_moments(dy, x, mean_C, rstd_C, peers.backward_tag)
         # γ's and β's gradients are this process's own sums: DistributedDataParallel averages them with all others.
-        dbias = message[:C].to(ctx.bias_dtype, copy=True) if needs_dbias else None
-        dweight = message[C : 2 * C].to(weight.dtype, copy=True) if needs_dweight else None
-        if not needs_dx:
-            return None, dweight, dbias, None, None
-        means = gradient_means(peers.sum(message), n, peers.world_size)
-        return call.backend.grad_input(dy, x, mean_C, rstd_C, weight, *means), dweight, dbias, None, None
+        message, dweight, dbias, scratch = backend.grad_moments(dy, x, kept, stats, layer, peers.backward_tag)
+        if not needs_dx and not needs_dresidual:
+            return None, None, dweight, dbias, None, None
+        if needs_dx:
+            message = peers.sum(message)
+        dx, dresidual = backend.grad_input(dy, x, kept, mask, stats, layer, message, needs_dresidual, scratch)
+        return dx if needs_dx else None, dresidual, dweight, dbias, None, None
 
 
-def _differentiable(call: _Call, x: Tensor) -> _Call:
-    """The same call with its statistics as functions of every process's x: formed again, by the reference."""
-    message, _ = reference.moments(x, call.peers.forward_tag)
-    stats = statistics(call.peers.sum(message), call.peers.world_size)
-    return _Call(stats, _rstd(stats, call.eps), call.eps, reference, call.peers)
+def _differentiable_statistics(x: Tensor, mask: Tensor | None, layer: Layer, peers: _Peers) -> Statistics:
+    """The same statistics as functions of every process's x: formed again, by the reference."""
+    message, _ = reference.moments(x, mask, peers.forward_tag)
+    return settle(peers.sum(message), layer.world_size, layer.eps, None)
 
 
-def _rstd(stats: Statistics, eps: float) -> Tensor:
-    return (stats.var_C + eps).rsqrt()
+def _running(
+    mean: Tensor | None, var: Tensor | None, num_batches_tracked: Tensor | None, momentum: float | None
+) -> Running | None:
+    if mean is None or var is None:
+        return None
+    if momentum is None and num_batches_tracked is None:
+        raise ValueError("momentum=None averages over all batches, which needs num_batches_tracked: got None")
+    return Running(mean, var, num_batches_tracked, momentum)
+
+
+def _of_one_channel(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask expanded to [N, 1, ...], which is x's shape with one channel."""
+    if mask.requires_grad:
+        raise ValueError("the mask takes no gradient, but requires one: pass mask.detach()")
+    try:
+        return mask.expand(x.shape[0], 1, *x.shape[2:])
+    except RuntimeError:
+        raise ValueError(
+            f"expected a mask that broadcasts to the input's shape with one channel, "
+            f"{[x.shape[0], 1, *x.shape[2:]]}, got {list(mask.shape)}"
+        ) from None
 
 
 def _require_more_than_one_value(x: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .exchange import Exchange
 from .functional import sync_batch_norm
+from .kernels.activation import require_activation
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -30,20 +31,27 @@ class SyncBatchNorm(_BatchNorm):
             that several layers share; None for all processes.
         device: where the parameters and buffers are.
         dtype: of the parameters and buffers.
+        activation: None, "relu", "leaky_relu" or "silu", applied to the output in the same pass over memory.
+        negative_slope: of "leaky_relu".
         **kwargs: what else the installed ``torch.nn.BatchNorm2d`` takes; newer ones, ``bias``.
 
     Shape:
-        [N, C, ...] of 2 to 5 dimensions, any strides; the output has the input's shape, dtype and memory format.
+        [N, C, ...] of 2 to 5 dimensions, any strides; the output has the input's shape, dtype and memory format. So
+        has ``residual``, the second argument of the call: the layer is activation(BN(x) + residual). ``mask``, the
+        third, has one channel, or broadcasts to that: the weight of each place in the statistics.
 
     Raises:
-        ValueError: at the call: the input has less than 2 or more than 5 dimensions, or 0 channels; or there is one
-            process and it has one value per channel.
+        ValueError: there is no such activation. At the call: the input has less than 2 or more than 5 dimensions, or 0
+            channels; or there is one process and it has one value per channel; or the mask does not fit.
         RuntimeError: at the first call in training: the processes' layers differ, or the group cannot reduce tensors of
             the input's device.
     """
 
     _exchange: Exchange
     _index: int
+    # Not "activation": a subclass that convert has found may have an attribute of that name.
+    _fused_activation: str | None = None
+    _fused_slope: float = 0.01
 
     def __init__(
         self,
@@ -55,15 +63,24 @@ class SyncBatchNorm(_BatchNorm):
         process_group: Any = None,
         device: Any = None,
         dtype: Any = None,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
+        self.fuse_activation(activation, negative_slope)
         self.synchronize(process_group if isinstance(process_group, Exchange) else Exchange(process_group))
 
     def synchronize(self, exchange: Exchange, name: str = "SyncBatchNorm") -> None:
         """Forms statistics through ``exchange`` from now on; ``name`` is the layer's in errors."""
         self._exchange = exchange
         self._index = exchange.register(describe_layer(self, name))
+
+    def fuse_activation(self, activation: str | None, negative_slope: float = 0.01) -> None:
+        """Applies this activation to the output from now on; None for none."""
+        require_activation(activation, negative_slope)
+        self._fused_activation, self._fused_slope = activation, negative_slope
 
     @property
     def process_group(self) -> Any:
@@ -80,7 +97,12 @@ class SyncBatchNorm(_BatchNorm):
         if input.shape[1] != self.num_features:
             raise RuntimeError(f"expected {self.num_features} channels in dimension 1, got input size {input.size()}")
 
-    def forward(self, input: Tensor) -> Tensor:
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self._fused_slope}" if self._fused_activation == "leaky_relu" else ""
+        fused = f", activation={self._fused_activation}{slope}" if self._fused_activation else ""
+        return super().extra_repr() + fused
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         self._check_channels(input)
         tracked = self.track_running_stats or not self.training
@@ -95,6 +117,10 @@ class SyncBatchNorm(_BatchNorm):
             self.training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
+            residual=residual,
+            mask=mask,
+            activation=self._fused_activation,
+            negative_slope=self._fused_slope,
             num_batches_tracked=self.num_batches_tracked,
             exchange=self._exchange if self.training else None,
             index=self._index,
@@ -103,7 +129,8 @@ class SyncBatchNorm(_BatchNorm):
 
 def describe_layer(layer: _BatchNorm, name: str) -> str:
     """What must be equal on all processes for their statistics to belong together."""
+    activation = layer._fused_activation if isinstance(layer, SyncBatchNorm) else None
     return (
         f"{name}(channels={layer.num_features}, eps={layer.eps}, momentum={layer.momentum}, "
-        f"affine={layer.affine}, track_running_stats={layer.track_running_stats})"
+        f"affine={layer.affine}, track_running_stats={layer.track_running_stats}, activation={activation})"
     )

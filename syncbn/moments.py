@@ -26,11 +26,29 @@ class Statistics(NamedTuple):
     """What normalization needs to know of the union of all processes' batches. All float64."""
 
     mean_C: Tensor
-    var_C: Tensor  # biased: divided by the count
+    rstd_C: Tensor  # 1/√(var + ε)
     n: Tensor  # [], how many values each channel has
 
 
-def statistics(message: Tensor, world_size: int) -> Statistics:
+class Running(NamedTuple):
+    """Running statistics, which a step in training moves in place."""
+
+    mean: Tensor  # [C], any floating dtype
+    var: Tensor  # [C]
+    num_batches_tracked: Tensor | None  # [] int64; None where nobody counts
+    momentum: float | None  # None for the plain average of all batches, which needs the count
+
+
+def settle(message: Tensor, world_size: int, eps: float, running: Running | None) -> Statistics:
+    """The statistics that the summed forward message [2C+3] becomes; moves the running ones toward them."""
+    mean_C, var_C, n = mean_and_variance(message, world_size)
+    if running is not None:
+        with torch.no_grad():
+            update_running_statistics(mean_C, var_C, n, running)
+    return Statistics(mean_C, (var_C + eps).rsqrt(), n)
+
+
+def mean_and_variance(message: Tensor, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance from the summed forward message.
 
     Args:
@@ -46,7 +64,7 @@ def statistics(message: Tensor, world_size: int) -> Statistics:
         message[: 2 * C].view(2, C) / _nan_unless_tags_agree(message, world_size, count)
     ).unbind()
     var_C = (mean_of_squares_C - mean_C.square()).clamp(min=0)
-    return Statistics(mean_C, var_C, count)
+    return mean_C, var_C, count
 
 
 def gradient_means(message: Tensor, count: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
@@ -64,25 +82,19 @@ def _nan_unless_tags_agree(message: Tensor, world_size: int, value: Tensor) -> T
     return torch.where(world_size * sum_of_squares == sum_of_tags.square(), value, torch.nan)
 
 
-def update_running_statistics(
-    stats: Statistics,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-) -> None:
-    """Moves the running statistics toward ``stats``, in place and without reading anything on the host.
+def update_running_statistics(mean_C: Tensor, var_C: Tensor, count: Tensor, running: Running) -> None:
+    """Moves the running statistics toward a batch's, in place and without reading anything on the host.
 
     r ← (1−f)·r + f·s, with f = momentum, or 1/num_batches_tracked where momentum is None (the plain average of all
     batches so far). Not as a lerp: f = 1 must give s itself. The variance is the unbiased one, N/max(N−1, 1) times the
     batch's. A batch in which any channel is not finite, in the buffers' dtype, changes nothing.
 
     Args:
-        running_mean: [C], any floating dtype. The same for ``running_var``.
-        num_batches_tracked: [] int64, or None where nobody counts.
-        momentum: f, or None, which needs ``num_batches_tracked``.
+        mean_C: [C] float64. The same for ``var_C``, the biased variance.
+        count: [] float64.
+        running: what is moved.
     """
-    mean_C, var_C, count = stats
+    running_mean, running_var, num_batches_tracked, momentum = running
     batch_2C = torch.stack([mean_C, var_C * (count / (count - 1).clamp(min=1))])
     running_2C = torch.stack([running_mean, running_var])
     # Zero times the sum is zero, unless there is an infinity or a NaN among the values.
@@ -97,6 +109,5 @@ def update_running_statistics(
 
 
 def _one_by(num_batches_tracked: Tensor | None) -> Tensor:
-    if num_batches_tracked is None:
-        raise ValueError("momentum=None averages over all batches, which needs num_batches_tracked: got None")
+    assert num_batches_tracked is not None  # sync_batch_norm has seen to it
     return 1 / num_batches_tracked.double().clamp(min=1)

@@ -45,7 +45,7 @@ class Apex(SyncBatchNorm):
     channel_last: bool
     fuse_relu: bool
 
-    def forward(self, input: Tensor, z: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, z: Tensor | None = None) -> Tensor:  # type: ignore[override]
         channel_last = vars(self).get("channel_last", False)
         y = SyncBatchNorm.forward(self, input.movedim(-1, 1) if channel_last else input)
         y = y.movedim(1, -1) if channel_last else y

@@ -90,7 +90,7 @@ def revert(module: Module) -> Module:
     return module
 
 
-_ADDED = ("_exchange", "_index", "_lazy_name")  # to a layer's own attributes, by convert
+_ADDED = ("_exchange", "_index", "_lazy_name", "_fused_activation", "_fused_slope")  # to a layer's own attributes
 
 
 def revert_layer(layer: nn.Module) -> None:

@@ -12,33 +12,31 @@ from hypothesis import strategies as st
 from judge import assert_close
 from torch import Tensor, nn
 
-from syncbn.kernels import Backend, aten, backend_for, reference
-from syncbn.moments import gradient_means, statistics
+from syncbn.kernels import Backend, Layer, aten, backend_for, cpu, reference
 
-BACKENDS = pytest.mark.parametrize("backend", [reference, aten], ids=["reference", "aten"])
+BACKENDS = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def run(backend: Backend, x: Tensor, dy: Tensor, layer: nn.BatchNorm1d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, dx, dγ and dβ of one process, through the four operations."""
     C = x.shape[1]
-    message, centered = backend.moments(x, tag=7)
+    plain = Layer(layer.weight, layer.bias, layer.eps)
+    message, scratch = backend.moments(x, None, 7)
     assert message.dtype == torch.float64
     assert message.shape == (2 * C + 3,)
     assert message[2 * C :].tolist() == [x.numel() / C, 7, 49]
-    mean, var, n = statistics(message, 1)
-    rstd = (var + layer.eps).rsqrt()
-    y = backend.normalize(x, mean, rstd, layer.weight, layer.bias, centered)
-    again = backend.normalize(x, mean, rstd, layer.weight, layer.bias)  # without what moments left
-    assert_close(again, y.double(), TOLERANCE[x.dtype], "normalize without its aid")
-    message = backend.grad_moments(dy, x, mean, rstd, tag=8)
+    y, stats = backend.normalize(x, None, message, plain, None, scratch)
+    message, dweight, dbias, scratch = backend.grad_moments(dy, x, None, stats, plain, 8)
     assert message.shape == (2 * C + 2,)
     assert message[2 * C :].tolist() == [8, 64]
-    dx = backend.grad_input(dy, x, mean, rstd, layer.weight, *gradient_means(message, n, 1))
+    assert torch.equal(message[: 2 * C], torch.cat([dbias, dweight]))
+    dx, dresidual = backend.grad_input(dy, x, None, None, stats, plain, message, False, scratch)
+    assert dresidual is None
     for result in (y, dx):
         assert result.dtype == x.dtype
         assert result.stride() == torch.empty_like(x).stride() or not _dense(x)
-    return y, dx, message[C : 2 * C], message[:C]
+    return y, dx, dweight, dbias
 
 
 def _dense(x: Tensor) -> bool:
@@ -130,12 +128,16 @@ def test_outliers_where_a_pivot_may_be_taken(backend: ModuleType, channels_last:
 @BACKENDS
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (0, 3)], ids=str)
 def test_nothing(backend: ModuleType, shape: tuple[int, ...]) -> None:
-    x, mean, rstd = torch.empty(shape), torch.zeros(3).double(), torch.ones(3).double()
-    message, centered = backend.moments(x, tag=5)
+    x, layer = torch.empty(shape), Layer(torch.ones(3), torch.ones(3))
+    message, scratch = backend.moments(x, None, 5)
     assert message.tolist() == [0] * 7 + [5, 25]
-    assert backend.normalize(x, mean, rstd, None, None, centered).shape == shape
-    assert backend.grad_moments(x, x, mean, rstd, tag=5).tolist() == [0] * 6 + [5, 25]
-    assert backend.grad_input(x, x, mean, rstd, None, mean, mean).shape == shape
+    y, stats = backend.normalize(x, None, message, layer, None, scratch)
+    assert y.shape == shape
+    message, dweight, dbias, scratch = backend.grad_moments(x, x, None, stats, layer, 5)
+    assert message.tolist() == [0] * 6 + [5, 25]
+    assert dweight.tolist() == dbias.tolist() == [0] * 3
+    dx, _ = backend.grad_input(x, x, None, None, stats, layer, message, False, scratch)
+    assert dx.shape == shape
 
 
 @BACKENDS
@@ -183,7 +185,7 @@ def test_accuracy_does_not_depend_on_the_threads() -> None:
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            check(aten, x, dy, 2e-6)
+            check(cpu, x, dy, 2e-6)
     finally:
         torch.set_num_threads(threads)
 
@@ -192,12 +194,12 @@ def test_the_reference_runs_where_there_is_no_backend() -> None:
     """Any other device (xpu, hpu, npu) gets the reference: PyTorch's operations on x's device only."""
     x = torch.empty(2, 3, 4, 4, device="meta")
     assert backend_for(x) is reference
-    assert backend_for(torch.empty(1)) is aten
-    message, _ = reference.moments(x, tag=1)
-    mean, var, n = statistics(message, 2)
-    y = reference.normalize(x, mean, (var + 1e-5).rsqrt(), None, None)
-    message = reference.grad_moments(x, x, mean, var, 2)
-    dx = reference.grad_input(x, x, mean, var, None, *gradient_means(message, n, 2))
+    assert backend_for(torch.empty(1)) is cpu
+    layer = Layer(None, None, world_size=2)
+    message, _ = reference.moments(x, None, 1)
+    y, stats = reference.normalize(x, None, message, layer, None, None)
+    message, *_ = reference.grad_moments(x, x, None, stats, layer, 2)
+    dx, _ = reference.grad_input(x, x, None, None, stats, layer, message, False, None)
     for each in (message, y, dx):
         assert each.device.type == "meta"
     assert y.shape == dx.shape == x.shape
@@ -205,5 +207,5 @@ def test_the_reference_runs_where_there_is_no_backend() -> None:
 
 def test_backends_are_called_alike() -> None:
     for name in ("moments", "normalize", "grad_moments", "grad_input"):
-        names = [list(inspect.signature(getattr(each, name)).parameters) for each in (reference, aten, Backend)]
-        assert names[0] == names[1] == names[2][1:]
+        names = [list(inspect.signature(getattr(each, name)).parameters) for each in (reference, cpu, aten, Backend)]
+        assert names[0] == names[1] == names[2] == names[3][1:]

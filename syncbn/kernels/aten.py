@@ -1,153 +1,132 @@
-"""The four operations for CPU tensors, from PyTorch's own vectorized kernels.
+"""The four operations for CUDA tensors without Triton, from the kernels of torch.nn.SyncBatchNorm.
 
-PyTorch's fused forward kernels are not used: they sum in float32 (``batch_norm_update_stats`` is off by 5e-3 standard
-deviations at mean/std = 1e3 in channels_last), or are slow (contiguous). Here a tensor is a matrix (``layout``), and
+``batch_norm_stats`` and the others keep the mean in float32. Where the mean is many standard deviations away from 0,
+its rounding alone would spoil y, so
 
-- the moments are those of z = x − pivot, where the pivot, the mean of some of the values, is so close to the mean that
-  nothing cancels (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983, section 3). z is
-  computed where y will stand, and becomes y once the mean of all processes is known;
-- in backward, x − mean is (x − hi) − lo: hi is the mean in float32, lo what that leaves out, which goes into a shift;
-- two sums at once come from ``native_batch_norm_backward``: one fused pass over short runs, added up in float64.
+- the first statistics only serve as a pivot: the moments are those of z = x − pivot, which normalize uses again;
+- in backward, x − mean is (x − hi) − lo: hi is the mean in float32, and what lo adds to the sums is added in float64.
 
-Computed in float32 for bfloat16, float16 and float32 input, in float64 for float64.
+z is one tensor and two passes more than the Triton kernels have. The activation, the residual and the mask are
+PyTorch's own operations. Computed in float32, or in float64 for float64 input.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import Matrix
+from ..moments import Running, Statistics, gradient_means, settle
+from . import reference
+from .activation import activate, activation_gradient
+from .layout import dense, dense_like
+from .operands import Layer
 
-CHUNK = 1 << 18  # values for each thread that backward works on at a time: 1 MB in float32, so as to stay in cache
-RUN = 1 << 14  # values that one float32 accumulator of a fused kernel may add up: an error of about 1e-6
+_TINY = 1e-30  # as ε, so that the variance can be had back from 1/√(variance + ε), even where it is 0
 
 
 class Centered(NamedTuple):
-    """What moments leaves for normalize: x − pivot, to become y in place where the dtypes are the same."""
+    """What moments leaves for normalize."""
 
-    matrix: Matrix
-    z: Tensor  # [N, C, ...] float32, or float64 for float64
-    pivot: Tensor  # spread, in z's dtype
+    z: Tensor  # [N, C, ...] float32, or float64 for float64: x − pivot
+    pivot: Tensor  # [C], in z's dtype
 
 
-def moments(x: Tensor, tag: int) -> tuple[Tensor, Centered | None]:
-    """The forward message, [2C+3] float64: Σx | Σx² | n | tag | tag². Reads x, writes and reads z."""
-    C = x.shape[1]
-    numbers = torch.tensor([x.numel() // C, tag, tag * tag], dtype=torch.float64, device=x.device)
-    if x.numel() == 0:
-        return torch.cat([torch.zeros(2 * C, dtype=torch.float64, device=x.device), numbers]), None
-    matrix, dtype = Matrix.of(x), _compute_dtype(x)
-    pivot = _pivot(matrix, dtype)
-    z = torch.empty_like(matrix.tensor, dtype=dtype)
-    x_chunks, z_chunks, pivots = _chunks(matrix, matrix.values, matrix.same(z), pivot)
-    sums = []
-    for x_chunk, z_chunk, pivot_chunk in zip(x_chunks, z_chunks, pivots, strict=True):
-        torch.sub(x_chunk, pivot_chunk, out=z_chunk)
-        sums.append(torch.stack([z_chunk.sum(matrix.dim), z_chunk.square().sum(matrix.dim)]))
-    sum_z, sum_zz = _gather(matrix, sums).unbind()
-    pivot_ = pivot.double().view(-1)
-    sum_x = sum_z + matrix.length * pivot_
-    sum_xx = sum_zz + pivot_ * (sum_z + sum_x)
-    sums_2C = matrix.by_channel(torch.stack([sum_x, sum_xx])).view(-1)
-    return torch.cat([sums_2C, numbers]), Centered(matrix, z, pivot)
+def moments(x: Tensor, mask: Tensor | None, tag: int) -> tuple[Tensor, Centered | None]:
+    """The forward message. Reads x twice, writes and reads z."""
+    if mask is not None or x.numel() == 0:
+        return reference.moments(x, mask, tag)
+    x = dense(x)
+    pivot, _ = torch.batch_norm_stats(x, _TINY)
+    z = _minus(x, pivot)
+    mean_z, rstd_z = torch.batch_norm_stats(z, _TINY)
+    n = x.numel() // x.shape[1]
+    mean_z, var_z, mean = mean_z.double(), rstd_z.double().pow(-2), pivot.double() + mean_z.double()
+    numbers = torch.cat([torch.full_like(mean[:1], value) for value in (n, tag, tag * tag)])
+    return torch.cat([n * mean, n * (var_z + mean.square()), numbers]), Centered(z, pivot)
 
 
 def normalize(
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    centered: Centered | None = None,
-) -> Tensor:
-    """y = z·scale + shift, with scale = γ·r and shift = β + (pivot − mean)·scale. Reads z, writes y."""
+    residual: Tensor | None,
+    message: Tensor,
+    layer: Layer,
+    running: Running | None,
+    scratch: Centered | None,
+) -> tuple[Tensor, Statistics]:
+    """y = activation(γ·r·(z − (mean − pivot)) + β + residual)."""
+    stats = settle(message, layer.world_size, layer.eps, running)
     if x.numel() == 0:
-        return torch.empty_like(x)
-    if centered is None:
-        matrix = Matrix.of(x)
-        (pivot,) = matrix.spread(mean.to(_compute_dtype(x)).unsqueeze(0))
-        z = torch.empty_like(matrix.tensor, dtype=pivot.dtype)
-        torch.sub(matrix.values, pivot, out=matrix.same(z))
-    else:
-        matrix, z, pivot = centered
-    scale = rstd if weight is None else rstd * weight
-    bias = torch.zeros_like(mean) if bias is None else bias.double()
-    mean, scale, bias = matrix.spread(torch.stack([mean, scale, bias]))
-    shift = torch.addcmul(bias, pivot - mean, scale)
-    y = z if z.dtype == x.dtype else torch.empty_like(matrix.tensor)
-    _scale_and_shift(matrix.same(z), scale.to(z.dtype), shift.to(z.dtype), out=matrix.same(y))
-    return y
+        return torch.empty_like(x), stats
+    scratch = scratch or _center(x, stats)
+    y = _affine(scratch, stats, layer)
+    y = y if residual is None else y + residual
+    return activate(y, layer.activation, layer.negative_slope).to(x.dtype), stats
 
 
-def grad_moments(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, tag: int) -> Tensor:
-    """The backward message, [2C+2] float64: Σdy | Σdy·x̂ | tag | tag². Reads x and dy once.
-
-    Σdy·x̂ = r·(Σdy·(x − hi) − lo·Σdy).
-    """
-    C = x.shape[1]
-    numbers = torch.tensor([tag, tag * tag], dtype=torch.float64, device=x.device)
+def grad_moments(
+    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Statistics, layer: Layer, tag: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The backward message, and dz for ``grad_input``. Reads x and dz once: Σdz·x̂ = r·(Σdz·(x − hi) − lo·Σdz)."""
     if x.numel() == 0:
-        return torch.cat([torch.zeros(2 * C, dtype=torch.float64, device=x.device), numbers])
-    matrix = Matrix.of(x)
-    hi, lo = _in_two_parts(mean, _compute_dtype(x))
-    sums = _two_sums(matrix, matrix.same(dy), matrix.values, *matrix.spread(hi.unsqueeze(0)))
-    sum_dy, sum_dy_centered = matrix.by_channel(sums)
-    return torch.cat([sum_dy, (sum_dy_centered - lo * sum_dy) * rstd, numbers])
+        return (*reference.grad_moments(dy, x, kept, stats, layer, tag)[:3], dy)
+    x = dense(x)
+    hi, lo = _in_two_parts(stats.mean_C, _compute_dtype(x))
+    dz = dense_like(_through_activation(dy, x, kept, stats, layer), x)
+    rstd = stats.rstd_C.to(hi.dtype)
+    sum_dz, sum_dz_centered, _, _ = torch.batch_norm_backward_reduce(dz, x, hi, rstd, None, True, False, False)
+    sum_dz = sum_dz.double()
+    sum_dz_xhat = (sum_dz_centered.double() - lo * sum_dz) * stats.rstd_C
+    dweight = None if layer.weight is None else sum_dz_xhat.to(layer.weight.dtype, copy=True)
+    dbias = None if layer.bias is None else sum_dz.to(layer.bias.dtype, copy=True)
+    numbers = torch.cat([torch.full_like(sum_dz[:1], value) for value in (tag, tag * tag)])
+    return torch.cat([sum_dz, sum_dz_xhat, numbers]), dweight, dbias, dz
 
 
 def grad_input(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    mean_dy: Tensor,
-    mean_dy_xhat: Tensor,
-) -> Tensor:
-    """dx = γ·r·(dy − mean_dy − x̂·mean_dy_xhat), as dy·a + (hi − x)·b + c. Reads x and dy once, writes dx once."""
+    kept: Tensor | None,
+    mask: Tensor | None,
+    stats: Statistics,
+    layer: Layer,
+    message: Tensor,
+    wants_dresidual: bool,
+    scratch: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """dx = γ·r·(dz − Σdz/N − (x − hi)·k + lo·k), with k = r²·Σ(dz·(x − mean))/N = r·Σ(dz·x̂)/N."""
+    dz = scratch
+    dresidual = dz if wants_dresidual else None
+    if mask is not None:
+        return reference.grad_input(dy, x, kept, mask, stats, layer, message, False, None)[0], dresidual
     if x.numel() == 0:
-        return torch.empty_like(x)
-    matrix, dtype = Matrix.of(x), _compute_dtype(x)
-    _, lo = _in_two_parts(mean, dtype)
-    a = rstd if weight is None else rstd * weight
-    b = a * rstd * mean_dy_xhat
-    c = torch.addcmul(lo * b, a, mean_dy, value=-1)
-    dx = torch.empty_like(matrix.tensor)
-    spread = matrix.spread(torch.stack([mean, a, b, c]).to(dtype))
-    x_chunks, dy_chunks, dx_chunks, *others = _chunks(matrix, matrix.values, matrix.same(dy), matrix.same(dx), *spread)
-    in_place = dx.dtype == dtype
-    for x_chunk, dy_chunk, dx_chunk, hi, a, b, c in zip(x_chunks, dy_chunks, dx_chunks, *others, strict=True):
-        z = torch.sub(hi, x_chunk, out=dx_chunk if in_place else None)
-        _scale_and_shift(z, b, c, out=z)
-        torch.addcmul(z, dy_chunk, a, out=dx_chunk)
-    return dx
+        return torch.empty_like(x), dresidual
+    x = dense(x)
+    hi, lo = _in_two_parts(stats.mean_C, _compute_dtype(x))
+    mean_dz, mean_dz_xhat = gradient_means(message, stats.n, layer.world_size)
+    shifted = mean_dz - lo * stats.rstd_C * mean_dz_xhat
+    # The kernel divides by the count: these are means already.
+    one = torch.ones(1, dtype=torch.int32, device=x.device)
+    dx = torch.batch_norm_backward_elemt(
+        dz,
+        x,
+        hi,
+        stats.rstd_C.to(hi.dtype),
+        _in(hi, layer.weight),
+        shifted.to(hi.dtype),
+        (mean_dz_xhat / stats.rstd_C).to(hi.dtype),
+        one,
+    )
+    return dx, dresidual
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _pivot(matrix: Matrix, dtype: torch.dtype) -> Tensor:
-    """A value near the mean of each row or column: the mean of every k-th of its n values, spread.
-
-    The variance of z is computed to about 1e-7·(1 + d²), the pivot being d standard deviations away from the mean.
-    Were all s sampled values outliers, they would make the variance itself so large that d² ≤ n/s; a single one,
-    n/s². k is near 2√n, which bounds that by 4, and odd, so as not to sample one column of an image only.
-    """
-    step = 2 * math.isqrt(matrix.length) | 1
-    sample = slice(min(step // 2, matrix.length - 1), None, step)
-    values = matrix.values[:, sample] if matrix.dim == 1 else matrix.values[sample]
-    return values.mean(matrix.dim, True, dtype=dtype)
-
-
-def _chunks(matrix: Matrix, *of_rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """Matrices and spread values, each cut into the same chunks of whole rows."""
-    step = max(1, CHUNK * torch.get_num_threads() // matrix.values.shape[1])
-    return [matrix.split(each, step) for each in of_rows]
+def _in(like: Tensor, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.to(like.dtype)
 
 
 def _in_two_parts(mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -156,49 +135,30 @@ def _in_two_parts(mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return hi, mean - hi
 
 
-def _scale_and_shift(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """out = z·scale + shift. One fused pass where the factors lie along memory, else two vectorized ones."""
-    if scale.shape[-1] > 1:
-        torch.addcmul(shift, z, scale, out=out)
+def _center(x: Tensor, stats: Statistics) -> Centered:
+    x, pivot = dense(x), stats.mean_C.to(_compute_dtype(x))
+    return Centered(_minus(x, pivot), pivot)
+
+
+def _affine(centered: Centered, stats: Statistics, layer: Layer) -> Tensor:
+    """γ·x̂ + β, in z's dtype."""
+    z, pivot = centered
+    offset, rstd = (stats.mean_C - pivot).to(z.dtype), stats.rstd_C.to(z.dtype)
+    return torch.batch_norm_elemt(z, _in(z, layer.weight), _in(z, layer.bias), offset, rstd, 0.0)
+
+
+def _minus(x: Tensor, pivot_C: Tensor) -> Tensor:
+    """x − pivot in the pivot's dtype and x's memory format."""
+    return x - pivot_C.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _through_activation(dy: Tensor, x: Tensor, kept: Tensor | None, stats: Statistics, layer: Layer) -> Tensor:
+    """dz = dy·activation'(z), in dy's dtype; z is ``kept``, or computed again."""
+    if layer.activation is None:
+        return dy
+    if layer.activation != "silu" and kept is not None:
+        z = kept
     else:
-        torch.add(z.mul_(scale), shift, out=out)
-
-
-def _gather(matrix: Matrix, sums: list[Tensor]) -> Tensor:
-    """K sums over each chunk, [K, rows] or [K, C], as float64 sums over the matrix, [K, N·C] or [K, C]."""
-    if len(sums) == 1:
-        return sums[0].double()
-    return torch.cat(sums, 1).double() if matrix.dim == 1 else torch.stack(sums).double().sum(0)
-
-
-def _two_sums(matrix: Matrix, dy: Tensor, x: Tensor, center: Tensor) -> Tensor:
-    """Σdy and Σdy·(x − center) over each row or column, [2, N·C] or [2, C] float64; all but ``center`` are matrices."""
-    if matrix.dim == 1:
-        pieces = _pieces(matrix.length)
-        runs = (1, len(dy) * pieces, -1)
-        sums = _fused_sums(dy.view(runs), x.view(runs), center.expand(-1, pieces).reshape(-1))
-        return sums.view(2, -1, pieces).sum(2, dtype=torch.float64)
-    pairs = zip(dy.split(RUN // 4), x.split(RUN // 4), strict=True)
-    each = [_fused_sums(_as_channels_last(a), _as_channels_last(b), center.view(-1)) for a, b in pairs]
-    return _gather(matrix, each)
-
-
-def _fused_sums(dy: Tensor, x: Tensor, center: Tensor) -> Tensor:
-    """Σdy and Σdy·(x − center) along all dimensions but the second: β's and γ's gradients at variance 1 and ε 0."""
-    of_output = [False, True, True]
-    _, sum_dy_centered, sum_dy = torch.ops.aten.native_batch_norm_backward.default(
-        dy, x, None, center, torch.ones_like(center), None, None, False, 0.0, of_output
-    )
-    return torch.stack([sum_dy, sum_dy_centered])
-
-
-def _as_channels_last(columns: Tensor) -> Tensor:
-    """[M, C] as [1, C, M, 1] in channels_last."""
-    M, C = columns.shape
-    return columns.as_strided((1, C, M, 1), (M * C, 1, C, C))
-
-
-def _pieces(length: int) -> int:
-    """Into how many equal runs a row can be cut: 1 where its length has no suitable divisor."""
-    fewest = math.ceil(length / RUN)
-    return next((n for n in range(fewest, 8 * fewest) if length % n == 0), 1)
+        z = _affine(_center(x, stats), stats, layer)
+        z = z if kept is None else z + kept
+    return activation_gradient(dy, z, layer.activation, layer.negative_slope).to(dy.dtype)

@@ -24,7 +24,7 @@ class Matrix(NamedTuple):
     @staticmethod
     def of(x: Tensor) -> Matrix:
         """x, which is not empty, as a matrix."""
-        x = _dense(x)
+        x = dense(x)
         dim = 1 if x.is_contiguous() and x.numel() > x.shape[0] * x.shape[1] else 0
         return Matrix(x, _matrix(x, dim), dim)
 
@@ -35,9 +35,7 @@ class Matrix(NamedTuple):
 
     def same(self, other: Tensor) -> Tensor:
         """Another tensor of x's shape as a matrix in x's order, copied where its strides are different."""
-        if other.stride() != self.tensor.stride():
-            other = torch.empty_like(self.tensor, dtype=other.dtype).copy_(other)
-        return _matrix(other, self.dim)
+        return _matrix(dense_like(other, self.tensor), self.dim)
 
     def spread(self, values_KC: Tensor) -> tuple[Tensor, ...]:
         """K rows of values of channels, each [N·C, 1] or [1, C]."""
@@ -59,7 +57,12 @@ class Matrix(NamedTuple):
         return sums_K.view(len(sums_K), -1, self.tensor.shape[1]).sum(1)
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense_like(other: Tensor, x: Tensor) -> Tensor:
+    """A tensor of x's shape, or a copy of it, whose memory is in the order of x, which is dense."""
+    return other if other.stride() == x.stride() else torch.empty_like(x, dtype=other.dtype).copy_(other)
+
+
+def dense(x: Tensor) -> Tensor:
     """x, or a copy of it whose memory is contiguous or channels last."""
     if x.is_contiguous() or _channels_last(x).is_contiguous():
         return x

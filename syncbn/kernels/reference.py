@@ -3,6 +3,7 @@
 The formulas are those of Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1 and section 3, over the union of
 all processes' batches. Everything is computed in float64; only the results are rounded to x's dtype. These lines run
 for double backward and on every device without a faster backend, and every faster backend is tested against them.
+``kernels/__init__`` says what goes in and comes out.
 """
 
 from __future__ import annotations
@@ -10,51 +11,89 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..moments import Running, Statistics, gradient_means, settle
+from .activation import activate, activation_gradient
+from .operands import Layer
 
-def moments(x: Tensor, tag: int) -> tuple[Tensor, None]:
-    """The forward message, [2C+3] float64: Σx | Σx² | n | tag | tag²."""
+
+def moments(x: Tensor, mask: Tensor | None, tag: int) -> tuple[Tensor, None]:
+    """Σw·x | Σw·x² | n | tag | tag², with n = Σw; w = 1 without a mask."""
     x = x.double()
-    n = x.numel() // x.shape[1]
-    return torch.cat([_sum(x), _sum(x.square()), _numbers(x, n, tag, tag**2)]), None
+    if mask is None:
+        n, weighted = _numbers(x, x.numel() // x.shape[1]), x
+    else:
+        n, weighted = mask.sum(dtype=torch.float64).view(1), x * mask
+    return torch.cat([_sum(weighted), _sum(weighted * x), n, _numbers(x, tag, tag**2)]), None
 
 
 def normalize(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, centered: None = None
-) -> Tensor:
-    """y = γ·x̂ + β with x̂ = (x − mean)·r; γ = 1 and β = 0 where they are None. y has x's dtype and memory format."""
-    y = _xhat(x, mean, rstd)
-    if weight is not None:
-        y = y * _of_channels(weight, x)
-    if bias is not None:
-        y = y + _of_channels(bias, x)
-    return y.to(x.dtype)
+    x: Tensor, residual: Tensor | None, message: Tensor, layer: Layer, running: Running | None, scratch: None
+) -> tuple[Tensor, Statistics]:
+    """y = activation(γ·x̂ + β + residual) with x̂ = (x − mean)·r."""
+    stats = settle(message, layer.world_size, layer.eps, running)
+    z = _affine(x, stats, layer)
+    z = z if residual is None else z + residual
+    return activate(z, layer.activation, layer.negative_slope).to(x.dtype), stats
 
 
-def grad_moments(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, tag: int) -> Tensor:
-    """The backward message, [2C+2] float64: Σdy | Σdy·x̂ | tag | tag²."""
-    dy = dy.double()
-    return torch.cat([_sum(dy), _sum(dy * _xhat(x, mean, rstd)), _numbers(x, tag, tag**2)])
+def grad_moments(
+    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Statistics, layer: Layer, tag: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    """Σdz | Σdz·x̂ | tag | tag², and the gradients of γ and β."""
+    dz = _grad_sum(dy, x, kept, stats, layer)
+    dbias, dweight = _sum(dz), _sum(dz * _xhat(x, stats))
+    message = torch.cat([dbias, dweight, _numbers(x, tag, tag**2)])
+    return message, _as_gradient(dweight, layer.weight), _as_gradient(dbias, layer.bias), None
 
 
 def grad_input(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    mean_dy: Tensor,
-    mean_dy_xhat: Tensor,
-) -> Tensor:
-    """dx = γ·r·(dy − Σdy/N − x̂·Σ(dy·x̂)/N), in x's dtype and memory format."""
-    xhat = _xhat(x, mean, rstd)
-    scale = rstd if weight is None else rstd * weight
+    kept: Tensor | None,
+    mask: Tensor | None,
+    stats: Statistics,
+    layer: Layer,
+    message: Tensor,
+    wants_dresidual: bool,
+    scratch: None,
+) -> tuple[Tensor, Tensor | None]:
+    """dx = γ·r·(dz − w·(Σdz/N + x̂·Σ(dz·x̂)/N)), and dz for the residual."""
+    dz = _grad_sum(dy, x, kept, stats, layer)
+    mean_dz, mean_dz_xhat = gradient_means(message, stats.n, layer.world_size)
+    scale = stats.rstd_C if layer.weight is None else stats.rstd_C * layer.weight
     # x̂ comes first because the result takes its first operand's memory format.
-    dx = (-xhat * _of_channels(mean_dy_xhat, x) + dy - _of_channels(mean_dy, x)) * _of_channels(scale, x)
-    return dx.to(x.dtype)
+    common = _xhat(x, stats) * _of_channels(mean_dz_xhat, x) + _of_channels(mean_dz, x)
+    dx = (-common if mask is None else -common * mask) + dz
+    return (dx * _of_channels(scale, x)).to(x.dtype), dz.to(x.dtype) if wants_dresidual else None
 
 
-def _xhat(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return (x.double() - _of_channels(mean, x)) * _of_channels(rstd, x)
+def _xhat(x: Tensor, stats: Statistics) -> Tensor:
+    return (x.double() - _of_channels(stats.mean_C, x)) * _of_channels(stats.rstd_C, x)
+
+
+def _affine(x: Tensor, stats: Statistics, layer: Layer) -> Tensor:
+    """γ·x̂ + β."""
+    y = _xhat(x, stats)
+    y = y if layer.weight is None else y * _of_channels(layer.weight, x)
+    return y if layer.bias is None else y + _of_channels(layer.bias, x)
+
+
+def _grad_sum(dy: Tensor, x: Tensor, kept: Tensor | None, stats: Statistics, layer: Layer) -> Tensor:
+    """dz, the gradient of z = BN(x) + residual, in float64."""
+    dy = dy.double()
+    match layer.activation:
+        case None:
+            return dy
+        case "silu":
+            z = _affine(x, stats, layer)
+            z = z if kept is None else z + kept
+        case _:
+            z = _affine(x, stats, layer) if kept is None else kept
+    return activation_gradient(dy, z, layer.activation, layer.negative_slope)
+
+
+def _as_gradient(sum_C: Tensor, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else sum_C.to(parameter.dtype)
 
 
 def _of_channels(values_C: Tensor, x: Tensor) -> Tensor:
