@@ -94,6 +94,7 @@ def _normalize(
     """One call in training."""
     _require_floating(x)
     _require_positive(layer.eps)
+    _require_vectors_of(x, layer.weight, layer.bias, *(running[:2] if running is not None else ()))
     peers = _peers_of(exchange, index, x.device)
     if peers.world_size == 1:
         _require_more_than_one_value(x)
@@ -221,6 +222,16 @@ def _require_more_than_one_value(x: Tensor) -> None:
 def _require_floating(x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"expected a floating input (float16, bfloat16, float32 or float64), got {x.dtype}")
+
+
+def _require_vectors_of(x: Tensor, *vectors: Tensor | None) -> None:
+    """Kernels read C values of each, whatever its size is, and on x's device."""
+    for vector in vectors:
+        if vector is not None and (vector.numel() != x.shape[1] or vector.device != x.device):
+            raise RuntimeError(
+                f"expected weight, bias and running statistics of {x.shape[1]} elements on {x.device}, as the input "
+                f"has {x.shape[1]} channels there, got one of {vector.numel()} elements on {vector.device}"
+            )
 
 
 def _require_positive(eps: float) -> None:

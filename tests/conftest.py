@@ -18,6 +18,15 @@ def processes() -> Iterator[Callable[[int], Processes]]:
         pool.stop()
 
 
+@pytest.fixture(scope="session")
+def interpreters() -> Iterator[Callable[[int], Processes]]:
+    """The same, of processes in which Triton's kernels are interpreted, on CPU tensors."""
+    pools: dict[int, Processes] = {}
+    yield lambda world_size: pools.setdefault(world_size, Processes(world_size, {"TRITON_INTERPRET": "1"}))
+    for pool in pools.values():
+        pool.stop()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -28,10 +28,11 @@ class WorkerError(RuntimeError):
 
 
 class Processes:
-    """``world_size`` processes in one gloo group, each with one thread."""
+    """``world_size`` processes in one gloo group, each with one thread, and these environment variables."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, environment: dict[str, str] | None = None) -> None:
         self.world_size = world_size
+        self._environment = environment or {}
         self._workers: list[tuple[Any, Connection]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -73,7 +74,9 @@ class Processes:
         context.set_forkserver_preload(["syncbn"])
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.world_size, store, theirs), daemon=True)
+            process = context.Process(
+                target=_work, args=(rank, self.world_size, store, theirs, self._environment), daemon=True
+            )
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -86,8 +89,9 @@ class Processes:
             return None
 
 
-def _work(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+def _work(rank: int, world_size: int, store: str, pipe: Connection, environment: dict[str, str]) -> None:
     """A worker's life: join the group, run what comes, answer with (result, error)."""
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     join_gloo(rank, world_size, store)

@@ -25,7 +25,7 @@ class Matrix(NamedTuple):
     def of(x: Tensor) -> Matrix:
         """x, which is not empty, as a matrix."""
         x = dense(x)
-        dim = 1 if x.is_contiguous() and x.numel() > x.shape[0] * x.shape[1] else 0
+        dim = 0 if channels_last(x) else 1
         return Matrix(x, _matrix(x, dim), dim)
 
     @property
@@ -59,7 +59,9 @@ class Matrix(NamedTuple):
 
 def dense_like(other: Tensor, x: Tensor) -> Tensor:
     """A tensor of x's shape, or a copy of it, whose memory is in the order of x, which is dense."""
-    return other if other.stride() == x.stride() else torch.empty_like(x, dtype=other.dtype).copy_(other)
+    if other.stride() == x.stride() or (x.is_contiguous() and other.is_contiguous()):
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -69,6 +71,11 @@ def dense(x: Tensor) -> Tensor:
     if x.stride(1) == 1:
         return _channels_last(x).contiguous().movedim(-1, 1)
     return x.contiguous()
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether the channels of x, which is dense, follow each other in memory. So do they where each has one place."""
+    return not x.is_contiguous() or x.numel() == x.shape[0] * x.shape[1]
 
 
 def _channels_last(x: Tensor) -> Tensor:
