@@ -24,6 +24,14 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and name in ON_CUDA else "cpu")
 
 
+def with_triton(interpreters: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` here where Triton's kernels are compiled, or else in a process where they are interpreted."""
+    if torch.cuda.is_available():
+        return function(*args)
+    (result,) = interpreters(1).run(function, *args)
+    return result
+
+
 def run_on(name: str, function: Callable[..., Any], interpreters: Any, *args: Any) -> Any:
     """``function(backend, device, *args)``, in this process or where the backend can run."""
     if name in ("aten", "triton") and not torch.cuda.is_available():

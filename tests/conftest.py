@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 from processes import Processes
+
+# The core and the benchmark are tested without Hydra, too: a bare GPU machine may have none.
+collect_ignore = [] if find_spec("hydra") else ["training"]
 
 
 @pytest.fixture(scope="session")

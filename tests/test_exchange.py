@@ -95,6 +95,14 @@ def test_a_new_process_group_after_the_old_one(tmp_path: Path) -> None:
     assert all(f"rank {rank} is done" in run.stdout for rank in range(2))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_program_that_is_run_over_nccl_where_there_is_a_gpu(world_size: int) -> None:
+    """Over gloo, everything in it but CUDA graphs."""
+    run = launch("nccl.py", "gloo", processes=world_size)
+    assert run.returncode == 0, run.stderr
+    assert all(f"rank {rank} is done" in run.stdout for rank in range(world_size))
+
+
 # ---- NCCL's rules, as far as they can be seen without a GPU
 
 

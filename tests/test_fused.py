@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import device_of
 from judge import assert_close
 from torch import Tensor, nn
 
 import syncbn
 from syncbn import functional
+from syncbn.kernels import backend_for
 
 ACTIVATION = {
     None: lambda z: z,
@@ -55,26 +58,30 @@ def test_one_process(activation: str | None, with_residual: bool, mode: str) -> 
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
-def train_on_union(parts: list[tuple[Tensor, Tensor, Tensor]], activation: str | None, triton: bool) -> Any:
-    """On a worker: this process's part."""
-    if triton:
-        from syncbn.kernels import triton as backend
-
-        functional.backend_for = lambda x: backend  # type: ignore[assignment,return-value]
-    x, residual, dy = parts[torch.distributed.get_rank()]
+def train_on_union(parts: list[tuple[Tensor, Tensor, Tensor]], activation: str | None, name: str) -> Any:
+    """On a worker: this process's part, by this backend."""
+    functional.backend_for = lambda x: import_module(f"syncbn.kernels.{name}")  # type: ignore[assignment,return-value]
+    device = device_of(name)
+    x, residual, dy = (each.to(device) for each in parts[torch.distributed.get_rank()])
     ours, _ = layers(activation)
+    ours.to(device)
     x, residual = x.requires_grad_(), residual.requires_grad_()
     y = ours(x, residual)
     y.backward(dy)
-    return y.detach(), x.grad, residual.grad, [p.grad for p in ours.parameters()], list(ours.buffers())
+    results = [y.detach(), x.grad, residual.grad, *(p.grad for p in ours.parameters()), *ours.buffers()]
+    return [each.cpu() for each in results]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("activation", list(ACTIVATION), ids=str)
 def test_the_union_of_two_processes(processes: Any, interpreters: Any, backend: str, activation: str | None) -> None:
     parts = [tuple(torch.randn(n, 5, 8, 9, dtype=torch.float64) for _ in range(3)) for n in (3, 1)]
-    pool = interpreters(2) if backend == "triton" else processes(2)
-    results = pool.run(train_on_union, parts, activation, backend == "triton")
+    interpreted = backend == "triton" and not torch.cuda.is_available()
+    pool = interpreters(2) if interpreted else processes(2)
+    try:
+        results = pool.run(train_on_union, parts, activation, backend)
+    finally:
+        pool.run(as_ever)
     _, plain = layers(activation)
     x, residual, dy = (torch.cat(each) for each in zip(*parts, strict=True))
     x, residual = x.requires_grad_(), residual.requires_grad_()
@@ -83,10 +90,15 @@ def test_the_union_of_two_processes(processes: Any, interpreters: Any, backend: 
     for index, expected in enumerate((y.detach(), x.grad, residual.grad)):
         # Triton's interpreter passes the slope in float32.
         assert_close(torch.cat([result[index] for result in results]), expected, 1e-7, ("y", "dx", "dresidual")[index])
-    for index, parameter in enumerate(plain.parameters()):
-        assert_close(sum(result[3][index] for result in results), parameter.grad, 1e-6, "γ's and β's gradients")
+    for index, parameter in enumerate(plain.parameters(), 3):
+        assert_close(sum(result[index] for result in results), parameter.grad, 1e-6, "γ's and β's gradients")
     for result in results:
-        torch.testing.assert_close(result[4], list(plain.buffers()))
+        torch.testing.assert_close(result[5:], list(plain.buffers()))
+
+
+def as_ever() -> None:
+    """On a worker: the backend by device again."""
+    functional.backend_for = backend_for
 
 
 @EVERY_CALL

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import device_of, with_triton
 
 pytest.importorskip("triton", reason="PyTorch's builds without CUDA come without Triton")
 
@@ -76,7 +77,7 @@ def test_every_multiprocessor_of_a_large_gpu_has_work(shape: tuple[int, int, int
 
 
 def addresses(t: int, C: int, S: int, tiles_per_image: int, c0: int, constants: tuple[Any, ...]) -> list[int]:
-    """In an interpreting process: where the values of a tile are, -1 for those that do not exist."""
+    """Where the values of a tile are, -1 for those that do not exist."""
     import triton
     import triton.language as tl
 
@@ -92,7 +93,7 @@ def addresses(t: int, C: int, S: int, tiles_per_image: int, c0: int, constants: 
         tl.store(out_ptr + where, tl.where(inside, start + offsets, -1))
 
     probe.fn.__globals__.update(tl=tl, _tile=_tile)
-    out = torch.zeros(constants[2] * constants[3], dtype=torch.int64)
+    out = torch.zeros(constants[2] * constants[3], dtype=torch.int64, device=device_of("triton"))
     probe[(1,)](out, t, C, S, tiles_per_image, c0, *constants)
     return out.tolist()
 
@@ -105,7 +106,7 @@ def test_addresses_beyond_2_to_31(interpreters: Any, shape: tuple[int, int, int]
     tiles = tiling(N, C, S, channels_last, aligned=True)
     t, c0 = tiles.tiles - 1, (tiles.channel_blocks - 1) * tiles.block_c
     constants = (channels_last, tiles.vector, tiles.block_s, tiles.block_c)
-    (actual,) = interpreters(1).run(addresses, t, C, tiles.places, tiles.tiles_per_image, c0, constants)
+    actual = with_triton(interpreters, addresses, t, C, tiles.places, tiles.tiles_per_image, c0, constants)
     s0 = (tiles.tiles_per_image - 1) * tiles.block_s
     expected = []
     for s in range(s0, s0 + tiles.block_s):
@@ -117,14 +118,14 @@ def test_addresses_beyond_2_to_31(interpreters: Any, shape: tuple[int, int, int]
 
 
 def variants_after_many_shapes() -> tuple[int, int]:
-    """In an interpreting process: how many kinds of tiles were met, and how many variants of a kernel that took."""
+    """How many kinds of tiles were met, and how many variants of a kernel that took."""
     from syncbn.kernels import triton as backend
 
     backend.MOMENTS.variants.clear()
     kinds = set()
     draw = random.Random(1)
     for _ in range(60):
-        x = torch.empty(2, draw.randint(1, 24), draw.randint(1, 24), draw.randint(1, 24))
+        x = torch.empty(2, draw.randint(1, 24), draw.randint(1, 24), draw.randint(1, 24), device=device_of("triton"))
         x = x.contiguous(memory_format=draw.choice([torch.contiguous_format, torch.channels_last]))
         backend.moments(x, None, 0)
         kinds.add(backend._plan(x).constants)
@@ -132,7 +133,7 @@ def variants_after_many_shapes() -> tuple[int, int]:
 
 
 def test_a_kernel_is_compiled_for_kinds_of_tiles_not_for_shapes(interpreters: Any) -> None:
-    ((kinds, variants),) = interpreters(1).run(variants_after_many_shapes)
+    kinds, variants = with_triton(interpreters, variants_after_many_shapes)
     assert variants == kinds <= MOST_TILES
 
 

@@ -13,9 +13,9 @@ and the same for grad_moments and grad_input. The sums stand in the message from
 reads them.
 
 Accuracy: a program sums at most ``RUN`` tiles, in float32, of values that are centred by a pivot near their mean, which
-is the mean of its first tile; what the programs have summed is added in float64. Later, x − mean is
-(x − hi) − lo, hi being the mean in float32; lo goes into a shift, which is formed in float64. For float64 input all is
-float64. Nothing depends on the order in which programs run: there are no atomics, and the same input gives the same bits.
+is the mean of its first tile; what the programs have summed is added in float64. Later, x − mean is (x − hi) − lo, hi
+being the mean in float32; lo goes into a shift, which is formed in float64. For float64 input all is float64. Nothing
+depends on the order in which programs run: there are no atomics, and the same input gives the same bits.
 
 A program's tile is [block_s, block_c] (see ``tiling``). Legend: C channels, S places in an image, K = 2C+3 forward and
 2C+2 backward, P splits; x, y, dx, dy, residual, dresidual and kept are [N, C, S] in x's order of memory, of its dtype;
