@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test gpu lint format clean
 
 help: ## List the commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -25,6 +25,9 @@ train: $(READY) ## Train the digit-scene segmentation on all local devices; ARGS
 
 test: $(READY) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu: ## On a machine with an NVIDIA GPU: tests with compiled kernels and NCCL, then benchmarks; PYTHON has torch
+	PYTHON="$(PYTHON)" tests/gpu.sh
 
 lint: $(READY) ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -470,7 +470,7 @@ def normalize(
         (
             layer.eps,
             running.momentum or 0.0,
-            running.momentum is None,
+            int(running.momentum is None),
             layer.negative_slope,
             layer.world_size,
             *plan.streaming_numbers,
