@@ -100,9 +100,8 @@ def _normalize(
         _require_more_than_one_value(x)
     if mask is not None:
         mask = _of_one_channel(mask, x)
-    weight, bias = layer.weight, layer.bias
-    layer = layer._replace(weight=None, bias=None, world_size=peers.world_size)
-    return _Normalize.apply(x, residual, weight, bias, mask, _Call(layer, running, backend_for(x), peers))
+    weight, bias, *numbers = layer._replace(world_size=peers.world_size)
+    return _Normalize.apply(x, residual, weight, bias, mask, _Call(numbers, running, backend_for(x), peers))
 
 
 class _Peers(NamedTuple):
@@ -138,7 +137,7 @@ def _peers_of(exchange: Exchange | None, index: int, device: torch.device) -> _P
 class _Call(NamedTuple):
     """One call of the layer, beside the tensors that autograd follows."""
 
-    layer: Layer  # without γ and β, which autograd follows
+    numbers: list[Any]  # of the Layer, beside γ and β
     running: Running | None
     backend: Backend
     peers: _Peers
@@ -157,10 +156,10 @@ class _Normalize(torch.autograd.Function):
         mask: Tensor | None,
         call: _Call,
     ) -> Tensor:
-        layer, running, backend, peers = call
+        numbers, running, backend, peers = call
+        layer = Layer(weight, bias, *numbers)
         message, scratch = backend.moments(x, mask, peers.forward_tag)
         message = peers.sum(message)
-        layer = layer._replace(weight=weight, bias=bias)
         y, ctx.stats = backend.normalize(x, residual, message, layer, running, scratch)
         ctx.save_for_backward(x, weight, bias, mask, kept_for_backward(layer.activation, residual, y))
         ctx.call = call
@@ -169,8 +168,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mask, kept = ctx.saved_tensors
-        (layer, _, backend, peers), stats = ctx.call, ctx.stats
-        layer = layer._replace(weight=weight, bias=bias)
+        (numbers, _, backend, peers), stats = ctx.call, ctx.stats
+        layer = Layer(weight, bias, *numbers)
         needs_dx, needs_dresidual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # gradients of these gradients will be asked for
             backend, stats = reference, _differentiable_statistics(x, mask, layer, peers)
