@@ -6,8 +6,8 @@ data:
 
     moments      one kernel, and a second one that adds up its programs' sums where there are several
     (all-reduce)
-    normalize    one kernel; each program forms its channels' statistics from the message. The first program does not
-                 normalize, but moves the running statistics and leaves mean, r and N for backward
+    normalize    one kernel; each program forms its channels' statistics from the message. The first programs do not
+                 normalize, but move the running statistics and leave mean, r and N for backward
 
 and the same for grad_moments and grad_input. The sums stand in the message from the start, where the all-reduce
 reads them.
@@ -38,7 +38,8 @@ from .layout import channels_last, dense, dense_like
 from .operands import Layer
 from .tiling import RUN, tiling
 
-STEP = tl.constexpr(256)  # channels that the running statistics are moved by at a time
+_STEP = 256
+STEP = tl.constexpr(_STEP)  # channels whose statistics are kept at a time
 WARPS = 4
 WARPS_OF_SINGLES = 8  # where each value is a read of its own, whose address takes registers
 REDUCING = 8  # programs on each multiprocessor at a time
@@ -241,7 +242,8 @@ def _normalize(
     x_ptr, residual_ptr, y_ptr, message_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
     stats_ptr,
     eps: tl.float64, momentum: tl.float64, cumulative: tl.int32, slope: tl.float64, world_size: tl.float64,
-    C: tl.int32, S: tl.int64, tiles_per_image: tl.int32, tiles: tl.int32, share: tl.int32, channel_blocks: tl.int32,
+    keepers: tl.int32, kept_channels: tl.int32, C: tl.int32, S: tl.int64, tiles_per_image: tl.int32, tiles: tl.int32,
+    share: tl.int32, channel_blocks: tl.int32,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr, VEC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = activation(γ·(x − mean)·r + β + residual), with mean = Σx/N, r = 1/√(Σx²/N − mean² + ε).
@@ -252,14 +254,14 @@ def _normalize(
     any channel's is not finite.
     Bytes: x, residual and y, and a few times 8·C in each program.
     """
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) < keepers:
         _keep_statistics(
             message_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, stats_ptr, eps, momentum, cumulative,
-            world_size, C,
+            world_size, C, kept_channels,
         )  # fmt: skip
     else:
         DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-        pid = tl.program_id(0) - 1
+        pid = tl.program_id(0) - keepers
         split = pid // channel_blocks
         c0 = (pid - split * channel_blocks) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
@@ -282,35 +284,44 @@ def _normalize(
 
 @triton.jit
 def _keep_statistics(
-    message_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, stats_ptr, eps, momentum, cumulative, world_size, C
+    message_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, stats_ptr, eps, momentum, cumulative, world_size, C,
+    kept_channels,
 ):  # fmt: skip
-    """Stores mean | r | N for backward, and moves the running statistics if all channels are finite."""
+    """Stores mean | r | N for backward, and moves the running statistics if all channels are finite.
+
+    Each of the first programs looks at all channels and keeps ``kept_channels`` of them. Only the first one counts the
+    batch, so that where the count is also read, it must be the only one.
+    """
     n = tl.load(message_ptr + 2 * C)
     count = _count(message_ptr, n, 2 * C + 1, world_size)
     unbiased = n / tl.maximum(n - 1, 1.0)
-    broken = tl.zeros([STEP], tl.int32)
-    for c0 in range(0, C, STEP):
+    factor = tl.full((), momentum, tl.float64)
+    moving = C  # channels: all of them, or none
+    if running_mean_ptr is not None:
+        broken = tl.zeros([STEP], tl.int32)
+        for c0 in range(0, C, STEP):
+            c = c0 + tl.arange(0, STEP)
+            mean, var = _mean_and_variance(message_ptr, count, c, C, c < C)
+            finite = _is_finite(_rounded(mean, running_mean_ptr.dtype.element_ty))
+            finite &= _is_finite(_rounded(var * unbiased, running_var_ptr.dtype.element_ty))
+            broken |= tl.where((c < C) & (finite == 0), 1, 0)
+        moving = tl.where(tl.max(broken, 0) == 0, C, 0)
+        if tracked_ptr is not None:  # noqa: SIM102: this is known to the compiler, the next to the program
+            if tl.program_id(0) == 0:
+                tracked = tl.load(tracked_ptr) + tl.where(moving > 0, 1, 0)
+                tl.store(tracked_ptr, tracked)
+                factor = tl.where(cumulative != 0, 1.0 / tl.maximum(tracked, 1).to(tl.float64), factor)
+    first = tl.program_id(0) * kept_channels
+    for c0 in range(first, tl.minimum(first + kept_channels, C), STEP):
         c = c0 + tl.arange(0, STEP)
         mean, var = _mean_and_variance(message_ptr, count, c, C, c < C)
         tl.store(stats_ptr + c, mean, mask=c < C)
         tl.store(stats_ptr + C + c, 1 / tl.sqrt(var + eps), mask=c < C)
         if running_mean_ptr is not None:
-            finite = _is_finite(_rounded(mean, running_mean_ptr.dtype.element_ty))
-            finite &= _is_finite(_rounded(var * unbiased, running_var_ptr.dtype.element_ty))
-            broken |= tl.where((c < C) & (finite == 0), 1, 0)
-    tl.store(stats_ptr + 2 * C, n)
-    if running_mean_ptr is not None:
-        moving = tl.where(tl.max(broken, 0) == 0, C, 0)  # channels: all of them, or none
-        factor = momentum
-        if tracked_ptr is not None:
-            tracked = tl.load(tracked_ptr) + tl.where(moving > 0, 1, 0)
-            tl.store(tracked_ptr, tracked)
-            factor = tl.where(cumulative != 0, 1.0 / tl.maximum(tracked, 1).to(tl.float64), momentum)
-        for c0 in range(0, C, STEP):
-            c = c0 + tl.arange(0, STEP)
-            mean, var = _mean_and_variance(message_ptr, count, c, C, c < C)
             _move(running_mean_ptr + c, mean, factor, c < moving)
             _move(running_var_ptr + c, var * unbiased, factor, c < moving)
+    if tl.program_id(0) == 0:
+        tl.store(stats_ptr + 2 * C, n)
 
 
 @triton.jit
@@ -461,18 +472,22 @@ def normalize(
     stats = torch.empty(2 * C + 1, dtype=torch.float64, device=x.device)
     plan = _plan(x, residual, y)
     running = running or _NO_RUNNING
+    cumulative = running.momentum is None
+    keepers = 1 if cumulative else -(-C // _STEP)
     buffers = [None if each is None else each.contiguous() for each in running[:3]]
     NORMALIZE(
-        1 + plan.streaming,
+        keepers + plan.streaming,
         plan.aligned,
         plan.warps,
         (x, residual, y, message, _vector(layer.weight), _vector(layer.bias), *buffers, stats),
         (
             layer.eps,
             running.momentum or 0.0,
-            int(running.momentum is None),
+            int(cumulative),
             layer.negative_slope,
             layer.world_size,
+            keepers,
+            C if cumulative else _STEP,
             *plan.streaming_numbers,
         ),
         (layer.activation, *plan.constants),
