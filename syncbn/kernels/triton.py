@@ -306,8 +306,8 @@ def _keep_statistics(
             finite &= _is_finite(_rounded(var * unbiased, running_var_ptr.dtype.element_ty))
             broken |= tl.where((c < C) & (finite == 0), 1, 0)
         moving = tl.where(tl.max(broken, 0) == 0, C, 0)
-        if tracked_ptr is not None:  # noqa: SIM102: this is known to the compiler, the next to the program
-            if tl.program_id(0) == 0:
+        if tracked_ptr is not None:  # noqa: SIM102
+            if tl.program_id(0) == 0:  # a branch of the program, where the one before is the compiler's
                 tracked = tl.load(tracked_ptr) + tl.where(moving > 0, 1, 0)
                 tl.store(tracked_ptr, tracked)
                 factor = tl.where(cumulative != 0, 1.0 / tl.maximum(tracked, 1).to(tl.float64), factor)
