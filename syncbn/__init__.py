@@ -2,8 +2,9 @@
 
 from .exchange import Exchange
 from .functional import sync_batch_norm
+from .fusion import fuse
 from .inventory import describe
 from .layer import SyncBatchNorm
 from .surgery import convert, revert
 
-__all__ = ["Exchange", "SyncBatchNorm", "convert", "describe", "revert", "sync_batch_norm"]
+__all__ = ["Exchange", "SyncBatchNorm", "convert", "describe", "fuse", "revert", "sync_batch_norm"]

@@ -160,15 +160,15 @@ class _Normalize(torch.autograd.Function):
         layer = Layer(weight, bias, *numbers)
         message, scratch = backend.moments(x, mask, peers.forward_tag)
         message = peers.sum(message)
-        y, ctx.stats = backend.normalize(x, residual, message, layer, running, scratch)
-        ctx.save_for_backward(x, weight, bias, mask, kept_for_backward(layer.activation, residual, y))
+        y, stats = backend.normalize(x, residual, message, layer, running, scratch)
+        ctx.save_for_backward(x, weight, bias, mask, kept_for_backward(layer.activation, residual, y), *stats)
         ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mask, kept = ctx.saved_tensors
-        (numbers, _, backend, peers), stats = ctx.call, ctx.stats
+        x, weight, bias, mask, kept, *stats = ctx.saved_tensors
+        numbers, _, backend, peers = ctx.call
         layer = Layer(weight, bias, *numbers)
         needs_dx, needs_dresidual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # gradients of these gradients will be asked for

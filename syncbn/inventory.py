@@ -91,7 +91,8 @@ def _row(each: Found, training: bool) -> Row:
 def _standing(layer: nn.Module) -> tuple[str, str, str]:
     """Status, over whom, and the reason, for a layer in training mode."""
     if isinstance(layer, SyncBatchNorm):
-        return SYNCHRONIZED, *_over(layer._exchange, _note(layer))
+        over, note = _over(layer._exchange, _note(layer))
+        return SYNCHRONIZED, over, "; ".join(filter(None, (_activation(layer), note)))
     if is_frozen(layer):
         return FROZEN, "", "its class keeps the statistics fixed"
     if not is_batch_norm(layer):
@@ -126,6 +127,10 @@ def _note(layer: SyncBatchNorm) -> str:
     if layer.affine and not any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
         return "weight and bias do not learn; the running statistics still move"
     return ""
+
+
+def _activation(layer: SyncBatchNorm) -> str:
+    return f"applies {layer._fused_activation} to its output" if layer._fused_activation else ""
 
 
 def _over(exchange: Exchange, note: str) -> tuple[str, str]:

@@ -59,10 +59,9 @@ def mean_and_variance(message: Tensor, world_size: int) -> tuple[Tensor, Tensor,
         where the processes met in different layers.
     """
     C = (message.numel() - TAGS - 1) // 2
-    count = message[2 * C]
-    mean_C, mean_of_squares_C = (
-        message[: 2 * C].view(2, C) / _nan_unless_tags_agree(message, world_size, count)
-    ).unbind()
+    count = message[2 * C].clone()  # a view would keep the message, and torch.compile does not save views
+    count_or_nan = _nan_unless_tags_agree(message, world_size, count)
+    mean_C, mean_of_squares_C = message[:C] / count_or_nan, message[C : 2 * C] / count_or_nan
     var_C = (mean_of_squares_C - mean_C.square()).clamp(min=0)
     return mean_C, var_C, count
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .exchange import Exchange
+from .fusion import unfuse
 from .layer import SyncBatchNorm, describe_layer
 from .recipes import anchor_of, recipe_of, why_not, why_not_followed
 from .selection import Found, Selection, batch_norms, forget_leaving, remember_leaving, select
@@ -61,7 +62,7 @@ def convert(module: Module, process_group: Any = None, include: Selection = None
 
 
 def revert(module: Module) -> Module:
-    """Gives every layer that ``convert`` has changed its own class back, in place.
+    """Gives every layer that ``convert`` has changed its own class back, in place, and undoes ``fuse``.
 
     What was learned, and the running statistics, stay. Layers that were built as ``SyncBatchNorm`` are left
     alone.
@@ -71,6 +72,7 @@ def revert(module: Module) -> Module:
 
     Raises:
         TypeError: another library has changed a layer's class since. It is named, and nothing is changed.
+        ValueError: a layer in ``module`` is fused with modules outside of it. Nothing is changed.
     """
     converted = [(name, layer) for name, layer in module.named_modules() if _converted_class(type(layer)) is not None]
     covered = [
@@ -83,6 +85,7 @@ def revert(module: Module) -> Module:
             f"cannot revert {', '.join(covered)}: another library has changed the class after syncbn.convert "
             f"did. Undo that first"
         )
+    unfuse(module)
     for _, layer in converted:
         revert_layer(layer)
     for each in batch_norms(module):

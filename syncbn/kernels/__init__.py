@@ -18,11 +18,12 @@ A backend is a module with these functions; ``reference`` is their specification
     mask        [N, 1, ...], in shape like x with one channel: bool, or weights of at least 0; None for all ones.
     kept        what the forward has kept beside x, see ``activation.kept_for_backward``.
     scratch     what an operation leaves for the next one of the same call and direction, which may use it once.
-    stats       what normalize leaves for backward. Both are the backend's own.
+    stats       tensors that normalize leaves for backward. Both are the backend's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -49,10 +50,10 @@ class Backend(Protocol):
         layer: Layer,
         running: Running | None,
         scratch: Any,
-    ) -> tuple[Tensor, Any]: ...
+    ) -> tuple[Tensor, Sequence[Tensor]]: ...
 
     def grad_moments(
-        self, dy: Tensor, x: Tensor, kept: Tensor | None, stats: Any, layer: Layer, tag: int
+        self, dy: Tensor, x: Tensor, kept: Tensor | None, stats: Sequence[Tensor], layer: Layer, tag: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]: ...
 
     def grad_input(
@@ -61,7 +62,7 @@ class Backend(Protocol):
         x: Tensor,
         kept: Tensor | None,
         mask: Tensor | None,
-        stats: Any,
+        stats: Sequence[Tensor],
         layer: Layer,
         message: Tensor,
         wants_dresidual: bool,

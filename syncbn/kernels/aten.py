@@ -12,6 +12,7 @@ PyTorch's own operations. Computed in float32, or in float64 for float64 input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,9 +67,10 @@ def normalize(
 
 
 def grad_moments(
-    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Statistics, layer: Layer, tag: int
+    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Sequence[Tensor], layer: Layer, tag: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """The backward message, and dz for ``grad_input``. Reads x and dz once: Σdz·x̂ = r·(Σdz·(x − hi) − lo·Σdz)."""
+    stats = Statistics(*stats)
     if x.numel() == 0:
         return (*reference.grad_moments(dy, x, kept, stats, layer, tag)[:3], dy)
     x = dense(x)
@@ -89,13 +91,14 @@ def grad_input(
     x: Tensor,
     kept: Tensor | None,
     mask: Tensor | None,
-    stats: Statistics,
+    stats: Sequence[Tensor],
     layer: Layer,
     message: Tensor,
     wants_dresidual: bool,
     scratch: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """dx = γ·r·(dz − Σdz/N − (x − hi)·k + lo·k), with k = r²·Σ(dz·(x − mean))/N = r·Σ(dz·x̂)/N."""
+    stats = Statistics(*stats)
     dz = scratch
     dresidual = dz if wants_dresidual else None
     if mask is not None:

@@ -16,6 +16,7 @@ Computed in float32 for bfloat16, float16 and float32 input, in float64 for floa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,12 +89,13 @@ def normalize(
 
 
 def grad_moments(
-    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Statistics, layer: Layer, tag: int
+    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Sequence[Tensor], layer: Layer, tag: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """The backward message, and dz for ``grad_input``. Reads x and dz once.
 
     Σdz·x̂ = r·(Σdz·(x − hi) − lo·Σdz).
     """
+    stats = Statistics(*stats)
     C = x.shape[1]
     numbers = torch.tensor([tag, tag * tag], dtype=torch.float64, device=x.device)
     if x.numel() == 0:
@@ -116,13 +118,14 @@ def grad_input(
     x: Tensor,
     kept: Tensor | None,
     mask: Tensor | None,
-    stats: Statistics,
+    stats: Sequence[Tensor],
     layer: Layer,
     message: Tensor,
     wants_dresidual: bool,
     scratch: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """dx as dz·a + (hi − x)·b + c. Reads x and dz once, writes dx once."""
+    stats = Statistics(*stats)
     dz = scratch
     dresidual = dz if wants_dresidual else None
     if mask is not None:

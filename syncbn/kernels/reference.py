@@ -8,6 +8,8 @@ for double backward and on every device without a faster backend, and every fast
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,10 @@ def normalize(
 
 
 def grad_moments(
-    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Statistics, layer: Layer, tag: int
+    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Sequence[Tensor], layer: Layer, tag: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
     """Σdz | Σdz·x̂ | tag | tag², and the gradients of γ and β."""
+    stats = Statistics(*stats)
     dz = _grad_sum(dy, x, kept, stats, layer)
     dbias, dweight = _sum(dz), _sum(dz * _xhat(x, stats))
     message = torch.cat([dbias, dweight, _numbers(x, tag, tag**2)])
@@ -51,13 +54,14 @@ def grad_input(
     x: Tensor,
     kept: Tensor | None,
     mask: Tensor | None,
-    stats: Statistics,
+    stats: Sequence[Tensor],
     layer: Layer,
     message: Tensor,
     wants_dresidual: bool,
     scratch: None,
 ) -> tuple[Tensor, Tensor | None]:
     """dx = γ·r·(dz − w·(Σdz/N + x̂·Σ(dz·x̂)/N)), and dz for the residual."""
+    stats = Statistics(*stats)
     dz = _grad_sum(dy, x, kept, stats, layer)
     mean_dz, mean_dz_xhat = gradient_means(message, stats.n, layer.world_size)
     scale = stats.rstd_C if layer.weight is None else stats.rstd_C * layer.weight

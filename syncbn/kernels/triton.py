@@ -24,6 +24,7 @@ mask is [N, S]; weight, bias, running_mean, running_var, dweight and dbias are [
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -464,7 +465,7 @@ def normalize(
     layer: Layer,
     running: Running | None,
     scratch: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor]]:
     """y, and mean | r | N [2C+1] float64. One kernel."""
     x, C = dense(x) if scratch is None else scratch, x.shape[1]
     residual = None if residual is None else dense_like(residual, x)
@@ -495,11 +496,11 @@ def normalize(
     for buffer, moved in zip(running[:3], buffers, strict=True):
         if buffer is not None and moved is not None and buffer is not moved:  # it was not contiguous
             buffer.copy_(moved)
-    return y, stats
+    return y, (stats,)
 
 
 def grad_moments(
-    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Tensor, layer: Layer, tag: int
+    dy: Tensor, x: Tensor, kept: Tensor | None, stats: Sequence[Tensor], layer: Layer, tag: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
     """The backward message, dγ and dβ. One kernel, and a second one where there are several splits."""
     C = x.shape[1]
@@ -512,7 +513,7 @@ def grad_moments(
         plan.reducing,
         plan.aligned,
         plan.warps,
-        (x, dy, kept, stats, *_affine_for_activation(layer, kept), rows, dweight, dbias),
+        (x, dy, kept, *stats, *_affine_for_activation(layer, kept), rows, dweight, dbias),
         (tag, layer.negative_slope, *plan.reducing_numbers),
         (layer.activation, *plan.constants),
     )
@@ -524,7 +525,7 @@ def grad_input(
     x: Tensor,
     kept: Tensor | None,
     mask: Tensor | None,
-    stats: Tensor,
+    stats: Sequence[Tensor],
     layer: Layer,
     message: Tensor,
     wants_dresidual: bool,
@@ -546,7 +547,7 @@ def grad_input(
             None if mask is None else _weights(mask, x),
             dx,
             dresidual,
-            stats,
+            *stats,
             message,
             _vector(layer.weight),
             _vector(layer.bias),
