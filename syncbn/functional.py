@@ -49,7 +49,7 @@ def sync_batch_norm(
         residual: added before the activation; of x's shape and dtype, or whatever can be added to x.
         mask: the weight of each place in the batch's statistics, bool or at least 0: of x's shape with one channel, or
             what broadcasts to that. The count is the sum of the weights. All places are normalized, whatever their
-            weight. It takes no gradient.
+            weight, so that x must be finite there, too. It takes no gradient.
         activation: None, "relu", "leaky_relu" or "silu".
         negative_slope: of "leaky_relu", at least 0.
         num_batches_tracked: [] int64, incremented with each update of the running statistics.
@@ -98,6 +98,7 @@ def _normalize(
     peers = _peers_of(exchange, index, x.device)
     if peers.world_size == 1:
         _require_more_than_one_value(x)
+    _require_device_of(x, residual, mask)
     if mask is not None:
         mask = _of_one_channel(mask, x)
     weight, bias, *numbers = layer._replace(world_size=peers.world_size)
@@ -230,6 +231,14 @@ def _require_vectors_of(x: Tensor, *vectors: Tensor | None) -> None:
             raise RuntimeError(
                 f"expected weight, bias and running statistics of {x.shape[1]} elements on {x.device}, as the input "
                 f"has {x.shape[1]} channels there, got one of {vector.numel()} elements on {vector.device}"
+            )
+
+
+def _require_device_of(x: Tensor, *others: Tensor | None) -> None:
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                f"expected residual and mask on {x.device}, where the input is, got one on {other.device}"
             )
 
 

@@ -130,6 +130,8 @@ class SyncBatchNorm(_BatchNorm):
 def describe_layer(layer: _BatchNorm, name: str) -> str:
     """What must be equal on all processes for their statistics to belong together."""
     activation = layer._fused_activation if isinstance(layer, SyncBatchNorm) else None
+    if isinstance(layer, SyncBatchNorm) and activation == "leaky_relu":
+        activation += f"({layer._fused_slope})"
     return (
         f"{name}(channels={layer.num_features}, eps={layer.eps}, momentum={layer.momentum}, "
         f"affine={layer.affine}, track_running_stats={layer.track_running_stats}, activation={activation})"

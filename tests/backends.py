@@ -119,4 +119,5 @@ def batch_norm_backward_elemt(
     n = count.sum()
     x, scale = input.to(_computing(input)), invstd if weight is None else invstd * weight
     common = (x - _spread(mean, x)) * _spread(invstd.square() * sum_dy_xmu / n, x) + _spread(sum_dy / n, x)
-    return ((grad_out - common) * _spread(scale, x)).to(input.dtype)
+    dx = ((grad_out - common) * _spread(scale, x)).to(input.dtype)
+    return dx if input.dim() == 4 else dx.contiguous()  # what is not channels_last comes out contiguous

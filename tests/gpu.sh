@@ -15,6 +15,7 @@ if ! name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower
     echo "make gpu: $python finds no GPU (${name##*$'\n'}). Without one, run: make test" >&2
     exit 1
 fi
+name=${name##*$'\n'}  # behind what PyTorch may have to say first
 mkdir -p "$results" || exit
 prefix="$results/$(date +%F)-$name"
 
@@ -25,7 +26,9 @@ try() {
     [ "$status" -ne 0 ] || status=$failed
 }
 
-try "$python" -m pytest -p no:cacheprovider -q -rs tests
+workers=() # compiling some hundred variants of the kernels is most of the tests' time
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
+try "$python" -m pytest -p no:cacheprovider -q -rs --continue-on-collection-errors "${workers[@]}" tests
 for mode in layer exchange step; do
     try "$python" -m syncbn.bench "$mode" --json "$prefix-$mode.json" --plot "$prefix-$mode.png"
 done

@@ -52,18 +52,21 @@ def shapes_of(model: nn.Module, x: torch.Tensor) -> Counter[tuple[int, ...]]:
 
 
 def backbone_of_the_detector() -> nn.Module:
+    pytest.importorskip("torchvision")
     from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
 
     return fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).backbone
 
 
 def segmenter() -> nn.Module:
+    pytest.importorskip("torchvision")
     from torchvision.models.segmentation import deeplabv3_resnet50
 
     return deeplabv3_resnet50(weights=None, weights_backbone=None)
 
 
 def mobilenet() -> nn.Module:
+    pytest.importorskip("torchvision")
     from torchvision.models import mobilenet_v3_large
 
     return mobilenet_v3_large()

@@ -16,6 +16,9 @@ import torch
 from syncbn.bench.implementations import implementations
 from syncbn.bench.report import KEYS, WIDTH
 
+pytest.importorskip("matplotlib")
+pytest.importorskip("torchvision")
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 PNG = b"\x89PNG\r\n\x1a\n"
 

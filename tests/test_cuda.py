@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -57,6 +58,67 @@ def test_the_layer_is_batch_norm(
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
 
 
+@LAYOUTS
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+def test_all_at_once_through_autograd(channels_last: bool, activation: str | None) -> None:
+    """Residual, mask and activation: as the CPU's layer has it, which is tested against PyTorch."""
+    results = []
+    x, residual, dy = (torch.randn(3, 20, 17, 16) for _ in range(3))
+    mask = torch.rand(3, 1, 17, 16) < 0.7
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for device in ("cpu", "cuda"):
+        layer = syncbn.SyncBatchNorm(20, activation=activation, device=device)
+        leaves = [t.to(device).contiguous(memory_format=layout).requires_grad_() for t in (x, residual)]
+        y = layer(*leaves, mask.to(device))
+        y.backward(dy.to(device))
+        tensors = [y.detach(), *(leaf.grad for leaf in leaves), *(p.grad for p in layer.parameters()), *layer.buffers()]
+        results.append([each.cpu() for each in tensors])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_gradients() -> None:
+    layer = syncbn.SyncBatchNorm(3, activation="silu", device=CUDA, dtype=torch.float64, track_running_stats=False)
+    x, residual = (torch.randn(2, 3, 2, 2, device=CUDA, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(layer, (x, residual))
+    assert torch.autograd.gradgradcheck(layer, (x, residual))
+
+
+def test_a_graph_without_other_processes() -> None:
+    layer = syncbn.SyncBatchNorm(16, activation="relu", device=CUDA)
+    x = randn(2, 16, 24, 24).requires_grad_()
+    dy = torch.randn_like(x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x).backward(dy)
+    torch.cuda.current_stream().wait_stream(side)
+    x.grad = None
+    layer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.backward(dy)
+    eager = copy.deepcopy(layer)
+    for _ in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x) + 1)
+        graph.replay()
+        again = x.detach().clone().requires_grad_()
+        expected = eager(again)
+        expected.backward(dy)
+        assert torch.equal(y, expected)
+        assert torch.equal(x.grad, again.grad)
+        assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), eager.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("what", ["residual", "mask"])
+def test_tensors_elsewhere_are_refused(what: str) -> None:
+    x = randn(2, 3, 4, 4)
+    elsewhere = {"residual": torch.randn(2, 3, 4, 4), "mask": torch.ones(2, 1, 4, 4)}[what]
+    with pytest.raises(RuntimeError, match="expected residual and mask on cuda:0"):
+        syncbn.SyncBatchNorm(3, device=CUDA)(x, **{what: elsewhere})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).to(CUDA)
@@ -98,6 +160,9 @@ def kernels_of(call: Any) -> list[str]:
     return [event.name for event in events if not event.name.startswith("Context")]
 
 
+NAMES = {"_moments", "_combine", "_normalize", "_grad_moments", "_grad_input"}
+
+
 @LAYOUTS
 @pytest.mark.parametrize(("shape", "most"), [((2, 64, 200, 336), 3), ((1, 64, 8, 8), 2)], ids=["large", "tiny"])
 def test_at_most_three_kernels_each_way(channels_last: bool, shape: tuple[int, ...], most: int) -> None:
@@ -106,10 +171,12 @@ def test_at_most_three_kernels_each_way(channels_last: bool, shape: tuple[int, .
     x, residual = x.requires_grad_(), residual.requires_grad_()
     layer = syncbn.SyncBatchNorm(64, activation="relu", device=CUDA)
     forward = kernels_of(lambda: layer(x, residual))
+    assert {"_moments", "_normalize"} <= set(forward) <= NAMES
     assert len(forward) <= most, forward
     y = layer(x, residual)
     inputs = (x, residual, *layer.parameters())
     backward = kernels_of(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True))
+    assert {"_grad_moments", "_grad_input"} <= set(backward) <= NAMES
     assert len(backward) <= most, backward
 
 

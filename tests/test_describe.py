@@ -6,13 +6,17 @@ import copy
 import pickle
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor, nn
 
 import syncbn
 from syncbn import SyncBatchNorm
+
+pytest.importorskip("torchvision")
+
+import torchvision
 
 
 class OwnNormalization(nn.BatchNorm2d):

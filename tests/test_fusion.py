@@ -15,19 +15,23 @@ from functools import partial
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.detection import FCOS
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from union import Step, parts, train_step
 
 import syncbn
 from syncbn import SyncBatchNorm
+
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+
+import timm
+import torchvision
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 
 def fused(model: nn.Module) -> list[str]:

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from test_fusion import assert_same, fused, iadd, pair, plainly, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+
+pytest.importorskip("torchvision")
+
+import torchvision
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 FLAG = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -22,6 +23,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import syncbn
 from syncbn import SyncBatchNorm
 from syncbn.lightning import SyncBatchNormGuard, SyncBatchNormPlugin
+
+INSTALLED = pytest.mark.skipif(
+    "syncbn" not in entry_points(group="lightning.pytorch.callbacks_factory").names,
+    reason="the guard is an entry point, which needs the package installed",
+)
 
 BATCH = 3  # of each process
 
@@ -266,6 +272,7 @@ def model_parallel(folder: Any) -> dict[str, Any]:
     return outcome
 
 
+@INSTALLED
 def test_a_strategy_that_ignores_the_plugin_is_refused(processes: Any, tmp_path: Any) -> None:
     outcomes = processes(2).run(model_parallel, str(tmp_path))
     for outcome in outcomes:
@@ -285,6 +292,7 @@ def single_device(folder: Any) -> str:
     return str(error.value)
 
 
+@INSTALLED
 def test_a_single_device_among_several_processes_is_refused(processes: Any, tmp_path: Any) -> None:
     for message in processes(2).run(single_device, str(tmp_path)):
         assert message.startswith("SingleDeviceStrategy does not use layer plugins")
@@ -303,6 +311,7 @@ def test_lightnings_own_option_beside_the_plugin_is_refused(tmp_path: Any) -> No
         trainer(tmp_path, [SyncBatchNormPlugin()], processes=1, sync_batchnorm=True)
 
 
+@INSTALLED
 def test_only_trainers_of_programs_with_the_plugin_get_the_guard(tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(syncbn.lightning.plugin, "_in_use", WeakSet())
     guards = [[c for c in trainer(tmp_path, [], 1).callbacks if isinstance(c, SyncBatchNormGuard)]]
@@ -311,6 +320,7 @@ def test_only_trainers_of_programs_with_the_plugin_get_the_guard(tmp_path: Any, 
     assert [len(each) for each in guards] == [0, 1]
 
 
+@INSTALLED
 def test_a_missing_guard_is_told(monkeypatch: Any) -> None:
     """As where the package is on the path without being installed."""
     monkeypatch.setattr(syncbn.lightning.plugin, "_FACTORIES", "a group without entries")

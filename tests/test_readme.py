@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
 from torch import nn
 
@@ -80,6 +81,7 @@ def test_the_environment_is_made_once(tmp_path: Path) -> None:
 
 
 def test_the_configuration_prints() -> None:
+    pytest.importorskip("hydra")
     (line,) = [line for line in README.splitlines() if "--cfg job" in line]
     command = line.split("#")[0].split()
     run = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -7,15 +7,19 @@ import types
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from union import assert_like_the_union, parts
 
 import syncbn
 from syncbn import SyncBatchNorm
+
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+
+import timm
+import torchvision
 
 IMAGES = parts((2, 3, 32, 32), (1, 3, 32, 32))
 FEATURES = parts((3, 4, 5, 5), (2, 4, 5, 5))

@@ -74,7 +74,12 @@ SMALL = 1 << 14  # values up to which, on a CPU, the reference's fewer operation
 
 
 def backend_for(x: Tensor) -> Backend:
-    """The fastest backend for ``x``; the plain PyTorch reference for any device without one of its own."""
+    """The fastest backend for ``x``; the plain PyTorch reference for any device without one of its own.
+
+    The reference is also what torch.compile is to trace, which fuses its operations itself.
+    """
+    if torch.compiler.is_compiling():
+        return reference
     match x.device.type:
         case "cpu":
             return cpu if x.numel() > SMALL else reference

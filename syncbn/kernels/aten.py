@@ -121,7 +121,7 @@ def grad_input(
         (mean_dz_xhat / stats.rstd_C).to(hi.dtype),
         one,
     )
-    return dx, dresidual
+    return dense_like(dx, x), dresidual  # outside of channels_last, the kernel returns it contiguous
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -20,7 +20,7 @@ WIDTHS = {  # of the tile along memory: places where these are contiguous, chann
 }
 RUN = 64  # tiles that one program may sum in float32: each of its accumulators adds up as many values
 _TOLERABLE_WASTE = 4 / 3  # idle lanes cost less than short reads
-VECTORS = (8, 4, 1)  # by how many values the start of every row in memory can be divided; 8 of 2 bytes are 16
+VECTORS = (8, 4, 2, 1)  # by how many values the start of every row in memory can be divided; 8 of 2 bytes are 16
 
 
 class Tiling(NamedTuple):

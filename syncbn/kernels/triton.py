@@ -42,9 +42,10 @@ from .tiling import RUN, tiling
 _STEP = 256
 STEP = tl.constexpr(_STEP)  # channels whose statistics are kept at a time
 WARPS = 4
-WARPS_OF_SINGLES = 8  # where each value is a read of its own, whose address takes registers
+WARPS_OF_SINGLES = 8  # where a read is of one value or two, and its address takes registers
 REDUCING = 8  # programs on each multiprocessor at a time
 STREAMING = 16
+FEW = 4  # tiles that one program sums sooner than two, whose sums take another kernel to be added
 
 
 # ---- what the kernels have in common
@@ -58,7 +59,7 @@ def _tile(
     """Tile t of an image's places, in the channels from c0 on.
 
     Returns the offset of its first value (64 bits), its values' offsets from there and whether they exist [BLOCK_S,
-    BLOCK_C], the offset of its first place in the mask, and whether each place exists [BLOCK_S].
+    BLOCK_C], the offset of its first place in the mask, and how many of its places exist.
     """
     n = (t // tiles_per_image).to(tl.int64)
     s0 = (t - n * tiles_per_image) * BLOCK_S
@@ -73,7 +74,7 @@ def _tile(
         s_left = tl.multiple_of(s_left, VEC)
         start = tl.multiple_of((n * C + c0) * S, VEC) + s0
         offsets = s[:, None] + tl.multiple_of(c * S.to(tl.int32), VEC)[None, :]
-    return start, offsets, (s < s_left)[:, None] & (c < c_left)[None, :], n * S + s0, s < s_left
+    return start, offsets, (s < s_left)[:, None] & (c < c_left)[None, :], n * S + s0, s_left
 
 
 @triton.jit
@@ -136,13 +137,10 @@ def _grad_sum(dy, x, kept_ptr, start, offsets, inside, hi, scale, shift, slope, 
 
 
 @triton.jit
-def _mask(mask_ptr, place, present, DTYPE: tl.constexpr):
-    """The weights of a tile's places [BLOCK_S]: 1 without a mask, 0 where there is no place."""
-    if mask_ptr is None:
-        return present.to(DTYPE)
-    else:
-        s = tl.arange(0, present.shape[0])
-        return tl.load(mask_ptr + place + s, mask=present, other=0).to(DTYPE)
+def _mask(mask_ptr, place, places, DTYPE: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The weights of a tile's places [BLOCK_S]; 0 where there is no place."""
+    s = tl.arange(0, BLOCK_S)
+    return tl.load(mask_ptr + place + s, mask=s < places, other=0).to(DTYPE)
 
 
 # ---- forward
@@ -167,30 +165,41 @@ def _moments(
     if mask_ptr is not None:  # tiles without any weight add nothing, and cannot give the pivot
         weight = tl.full((), 0.0, DTYPE)
         while (weight == 0) & (t < last):
-            _start, _offsets, _inside, place, present = _tile(t, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
-            weight = tl.sum(_mask(mask_ptr, place, present, DTYPE), 0)
+            _start, _offsets, _inside, place, places = _tile(t, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
+            weight = tl.sum(_mask(mask_ptr, place, places, DTYPE, BLOCK_S), 0)
             t += tl.where(weight == 0, 1, 0)
     S_here = tl.where(t < last, S, 0)  # nothing, where no tile has any weight, or there is none
-    start, offsets, inside, place, present = _tile(t, C, S_here, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
+    start, offsets, inside, place, places = _tile(t, C, S_here, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
     x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(DTYPE)
-    w = _mask(mask_ptr, place, present, DTYPE)
-    weights = tl.sum(w, 0)
-    pivot = tl.sum(x * w[:, None], 0) / tl.where(weights > 0, weights, 1.0)
-    z = tl.where(inside, x - pivot[None, :], 0.0)
-    acc_z = z * w[:, None]
+    count = tl.maximum(places, 0).to(tl.int64)
+    if mask_ptr is None:
+        pivot = tl.sum(x * (1 / tl.maximum(count, 1).to(DTYPE)), 0)
+        z = tl.where(inside, x - pivot[None, :], 0.0)
+        acc_z = z
+    else:
+        acc_w = _mask(mask_ptr, place, places, DTYPE, BLOCK_S)
+        weight = tl.sum(acc_w, 0)
+        pivot = tl.sum(x * (acc_w / tl.where(weight > 0, weight, 1.0))[:, None], 0)
+        z = tl.where(inside, x - pivot[None, :], 0.0)
+        acc_z = z * acc_w[:, None]
     acc_zz = z * acc_z
     for u in range(t + 1, last):
-        start, offsets, inside, place, present = _tile(u, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
+        start, offsets, inside, place, places = _tile(u, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
         z = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(DTYPE)
         z = tl.where(inside, z - pivot[None, :], 0.0)
-        w = _mask(mask_ptr, place, present, DTYPE)
-        weights += tl.sum(w, 0)
-        zw = z if mask_ptr is None else z * w[:, None]
-        acc_z += zw
-        acc_zz += z * zw
-    sum_z, weight, pivot = tl.sum(acc_z, 0).to(tl.float64), weights.to(tl.float64), pivot.to(tl.float64)
-    sum_x = sum_z + weight * pivot
-    sum_xx = tl.sum(acc_zz, 0).to(tl.float64) + pivot * (sum_z + sum_x)
+        if mask_ptr is None:
+            count += places
+            acc_z += z
+            acc_zz += z * z
+        else:
+            w = _mask(mask_ptr, place, places, DTYPE, BLOCK_S)
+            acc_w += w
+            acc_z += z * w[:, None]
+            acc_zz += z * z * w[:, None]
+    weights = count.to(tl.float64) if mask_ptr is None else tl.sum(acc_w, 0).to(tl.float64)
+    sum_z, pivot64 = tl.sum(acc_z, 0).to(tl.float64), pivot.to(tl.float64)
+    sum_x = sum_z + weights * pivot64
+    sum_xx = tl.sum(acc_zz, 0).to(tl.float64) + pivot64 * (sum_z + sum_x)
     row_ptr = rows_ptr + split.to(tl.int64) * (2 * C + 3)
     c = c0 + tl.arange(0, BLOCK_C)
     tl.store(row_ptr + c, sum_x, mask=c < C)
@@ -198,7 +207,7 @@ def _moments(
     if c0 == 0:
         one = tl.arange(0, 1)
         tag64 = tl.zeros([1], tl.float64) + tag * (split == 0).to(tl.float64)
-        tl.store(row_ptr + 2 * C + one, tl.zeros([1], tl.float64) + weight)
+        tl.store(row_ptr + 2 * C + one, tl.zeros([1], tl.float64) + weights)
         tl.store(row_ptr + 2 * C + 1 + one, tag64)
         tl.store(row_ptr + 2 * C + 2 + one, tag64 * tag64)
 
@@ -274,7 +283,7 @@ def _normalize(
         # From the last tile to the first: what the moments have read last is still in the cache.
         first = tiles - (split + 1) * share
         for t in range(tl.maximum(first, 0), first + share):
-            start, offsets, inside, _place, _present = _tile(t, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
+            start, offsets, inside, _place, _places = _tile(t, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
             z = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(DTYPE)
             z = (z - hi[None, :]) * scale[None, :] + shift[None, :]
             if residual_ptr is not None:
@@ -363,7 +372,7 @@ def _grad_moments(
     acc_dz = tl.zeros([BLOCK_S, BLOCK_C], DTYPE)
     acc_dz_centered = tl.zeros([BLOCK_S, BLOCK_C], DTYPE)
     for t in range(split * share, tl.minimum((split + 1) * share, tiles)):
-        start, offsets, inside, _place, _present = _tile(t, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
+        start, offsets, inside, _place, _places = _tile(t, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
         x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(DTYPE)
         dy = tl.load(dy_ptr + start + offsets, mask=inside, other=0.0).to(DTYPE)
         dz = _grad_sum(dy, x, kept_ptr, start, offsets, inside, hi, scale, shift, slope_, ACTIVATION)
@@ -413,7 +422,7 @@ def _grad_input(
     slope_ = tl.full((), slope, DTYPE)
     first = tiles - (split + 1) * share
     for t in range(tl.maximum(first, 0), first + share):
-        start, offsets, inside, place, present = _tile(t, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
+        start, offsets, inside, place, places = _tile(t, C, S, tiles_per_image, c0, LAST, VEC, BLOCK_S, BLOCK_C)
         x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(DTYPE)
         dy = tl.load(dy_ptr + start + offsets, mask=inside, other=0.0).to(DTYPE)
         dz = _grad_sum(dy, x, kept_ptr, start, offsets, inside, hi, scale, shift, slope_, ACTIVATION)
@@ -421,7 +430,7 @@ def _grad_input(
             tl.store(dresidual_ptr + start + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=inside)
         common = (x - hi[None, :]) * b[None, :] + d[None, :]
         if mask_ptr is not None:
-            common *= _mask(mask_ptr, place, present, DTYPE)[:, None]
+            common *= _mask(mask_ptr, place, places, DTYPE, BLOCK_S)[:, None]
         tl.store(dx_ptr + start + offsets, (dz * scale[None, :] - common).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -609,12 +618,13 @@ def _plan(x: Tensor, *others: Tensor | None) -> Plan:
 def _plan_for(images: int, C: int, places: int, last: bool, aligned: bool, device: int | None) -> Plan:
     tiles = tiling(images, C, places, last, aligned)
     multiprocessors = _multiprocessors(device)
-    splits, share = tiles.shares(REDUCING * multiprocessors, RUN)
+    few = tiles.tiles * tiles.channel_blocks <= FEW
+    splits, share = tiles.shares(1 if few else REDUCING * multiprocessors, RUN)
     streams, stream_share = tiles.shares(STREAMING * multiprocessors)
     numbers = (C, tiles.places, tiles.tiles_per_image, tiles.tiles)
     return Plan(
         tiles.vector > 1,
-        WARPS if tiles.vector > 1 else WARPS_OF_SINGLES,
+        WARPS if tiles.vector > 2 else WARPS_OF_SINGLES,
         splits,
         splits * tiles.channel_blocks,
         (*numbers, share, tiles.channel_blocks),
