@@ -97,7 +97,8 @@ def batch_norm_backward_reduce(
     weight_g: bool,
     bias_g: bool,
 ) -> tuple[Tensor | None, ...]:
-    assert grad_out.stride() == input.stride(), "the CUDA kernel reads both in one order"
+    one_order = grad_out.stride() == input.stride() or (grad_out.is_contiguous() and input.is_contiguous())
+    assert one_order, "the CUDA kernel reads both in one order"
     dy = grad_out.to(_computing(input))
     sum_dy = dy.sum(_all_but_channels(dy))
     sum_dy_xmu = (dy * (input - _spread(mean, input))).sum(_all_but_channels(dy))
