@@ -152,6 +152,7 @@ SHAPES = [
     (2, 129, 2, 8),  # one channel more than a tile has
     (1, 8, 1, 2049),  # one place more
     (4, 300, 3, 3),  # more channels than the running statistics are moved by at a time
+    (2, 520, 2, 2),  # ... or looked at
 ]
 
 

@@ -40,6 +40,7 @@ from .operands import Layer
 from .tiling import RUN, tiling
 
 _STEP = 256
+CHECKED = tl.constexpr(512)  # channels that are looked at at a time; more would take registers from the other programs
 STEP = tl.constexpr(_STEP)  # channels whose statistics are kept at a time
 WARPS = 4
 WARPS_OF_SINGLES = 8  # where a read is of one value or two, and its address takes registers
@@ -308,9 +309,9 @@ def _keep_statistics(
     factor = tl.full((), momentum, tl.float64)
     moving = C  # channels: all of them, or none
     if running_mean_ptr is not None:
-        broken = tl.zeros([STEP], tl.int32)
-        for c0 in range(0, C, STEP):
-            c = c0 + tl.arange(0, STEP)
+        broken = tl.zeros([CHECKED], tl.int32)
+        for c0 in range(0, C, CHECKED):
+            c = c0 + tl.arange(0, CHECKED)
             mean, var = _mean_and_variance(message_ptr, count, c, C, c < C)
             finite = _is_finite(_rounded(mean, running_mean_ptr.dtype.element_ty))
             finite &= _is_finite(_rounded(var * unbiased, running_var_ptr.dtype.element_ty))
