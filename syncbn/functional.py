@@ -71,11 +71,15 @@ def sync_batch_norm(
         return _add_and_activate(y, residual, activation, negative_slope)
     running = _running(running_mean, running_var, num_batches_tracked, momentum)
     at = exchange, index
-    if residual is None or (residual.shape == x.shape and residual.dtype == x.dtype):
+    if residual is None or _is_like(residual, x):
         return _normalize(x, residual, mask, Layer(weight, bias, eps, activation, negative_slope), running, *at)
-    # A sum of another shape or dtype is PyTorch's to form.
+    # A sum of another shape or dtype, or with a number, is PyTorch's to form.
     y = _normalize(x, None, mask, Layer(weight, bias, eps), running, *at)
     return _add_and_activate(y, residual, activation, negative_slope)
+
+
+def _is_like(residual: Any, x: Tensor) -> bool:
+    return isinstance(residual, Tensor) and residual.shape == x.shape and residual.dtype == x.dtype
 
 
 def _add_and_activate(y: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:

@@ -7,6 +7,7 @@ steps. Objects stay the same objects: what changes is their class, as in ``conve
 
 from __future__ import annotations
 
+import copy
 import importlib
 import linecache
 import logging
@@ -23,7 +24,7 @@ from torch.fx import Graph
 
 from .layer import SyncBatchNorm, describe_layer
 from .reading import found_again
-from .sites import NO_ACTIVATION, Match, Owner, Sites
+from .sites import NO_ACTIVATION, PASSES, Match, Owner, Sites
 from .tracing import Read
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -52,7 +53,7 @@ def fuse(module: Module) -> Module:
     layers = [each for each in module.modules() if isinstance(each, SyncBatchNorm)]
     if not layers:
         raise ValueError("there is no SyncBatchNorm in the module: call syncbn.convert(model) first")
-    _undo(_whole(module))
+    _undo(module, _whole(module))
     sites = Sites(module)
     for owner in sites.owners:
         _fuse_owner(owner, sites)
@@ -80,7 +81,7 @@ def unfuse(module: nn.Module) -> None:
             f"cannot undo syncbn.fuse for {', '.join(covered)}: another library has changed the class since. Undo "
             f"that first"
         )
-    _undo(whole)
+    _undo(module, whole)
 
 
 def _report(layers: list[SyncBatchNorm], sites: Sites) -> None:
@@ -107,6 +108,7 @@ class Part:
     reads: tuple[Read, ...] = ()  # what an owner's forward depends on
     code: Code | None = None  # an owner's forward, where it is not the original one
     swapped: bool = True  # whether the class was changed
+    instead_of: nn.Module | None = None  # the activation in whose place this one lets its input pass
 
 
 _PART = "_fusion"
@@ -135,7 +137,7 @@ def _fuse_owner(owner: Owner, sites: Sites) -> None:
         _fuse_by_passing(owner, passing)
         return
     group = uuid.uuid4().hex
-    _become(owner.module, Part(group, "owner", "layer", reads=owner.reads(matches), code=code))
+    _become(owner.module, Part(group, "owner", "layer", reads=owner.reads(matches, passing=False), code=code))
     for match in matches:
         _fuse_layer(owner, match, group, needs="owner")
 
@@ -149,12 +151,22 @@ def _fuse_by_passing(owner: Owner, matches: list[Match]) -> None:
     if not matches:
         return
     group = uuid.uuid4().hex
-    if reads := owner.reads(matches):
-        _become(owner.module, Part(group, "owner", "layer", reads=reads))
-    for path in dict.fromkeys(match.site.module for match in matches):
-        _become(owner.module.get_submodule(str(path)), Part(group, "activation", "layer"))
+    _become(owner.module, Part(group, "owner", "layer", reads=owner.reads(matches, passing=True)))
+    for path in dict.fromkeys(str(match.site.module) for match in matches):
+        # The activation itself is left alone: other models may share it.
+        parent, _, name = path.rpartition(".")
+        children = owner.module.get_submodule(parent)._modules
+        children[name] = _passing(children[name], group)
     for match in matches:
         _fuse_layer(owner, match, group, needs="activation")
+
+
+def _passing(activation: nn.Module | None, group: str) -> nn.Module:
+    """A copy of an activation that lets its input pass."""
+    assert activation is not None  # it was found there
+    passing = copy.copy(activation)
+    _become(passing, Part(group, "activation", "layer", instead_of=activation))
+    return passing
 
 
 def _fuse_layer(owner: Owner, match: Match, group: str, needs: str) -> None:
@@ -170,7 +182,12 @@ def _fuse_layer(owner: Owner, match: Match, group: str, needs: str) -> None:
 _ACTIVATION = ("_fused_activation", "_fused_slope")
 
 
-def _undo(fused: set[nn.Module]) -> None:
+def _undo(root: nn.Module, fused: set[nn.Module]) -> None:
+    passing = {each: original for each in fused if (original := vars(each)[_PART].instead_of) is not None}
+    for module in list(root.modules()):
+        for name, child in module._modules.items():
+            if child in passing:
+                module._modules[name] = passing[child]
     for module in fused:
         part = vars(module).pop(_PART)
         if part.swapped:
@@ -287,17 +304,21 @@ def _fused_class(original: type, part: Part) -> type:
             "__qualname__": f"Fused{original.__name__}",
             "__doc__": f"``{original.__qualname__}`` in a model whose activations ``syncbn.fuse`` has fused.",
             "__reduce_ex__": _reduce,
-            "forward": _pass if part.role == "activation" else _forward(original, part.code),
+            "forward": _pass(original) if part.role == "activation" else _forward(original, part.code),
             _UNFUSED: original,
-        }
+        } | ({PASSES: True} if part.role == "activation" else {})
         name = f"Fused{original.__name__}"
         _made[key] = types.new_class(name, (original,), exec_body=lambda namespace: namespace.update(members))
     return _made[key]
 
 
-def _pass(self: nn.Module, input: Any) -> Any:
-    """The layer before has applied the activation already."""
-    return input
+def _pass(original: type) -> Callable[..., Any]:
+    @wraps(original.forward)  # type: ignore[attr-defined]
+    def forward(self: nn.Module, input: Any) -> Any:
+        """The layer before has applied the activation already."""
+        return input if _PART in vars(self) else original.forward(self, input)  # type: ignore[attr-defined]
+
+    return forward
 
 
 def _forward(original: type, code: Code | None) -> Callable[..., Any]:
@@ -305,6 +326,8 @@ def _forward(original: type, code: Code | None) -> Callable[..., Any]:
 
     @wraps(original.forward)  # type: ignore[attr-defined]
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _PART not in vars(self):  # one that somebody has made of the fused module's class
+            return original.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         for read in vars(self)[_PART].reads:
             if not read.still_true(self):
                 raise RuntimeError(

@@ -67,6 +67,30 @@ def spelled(function: Any) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
+_WALKS = {"modules", "named_modules", "children", "named_children", "get_submodule", "_modules", "__getattr__"}
+
+
+def escapes(code: CodeType) -> bool:
+    """Whether a method hands its object to others, or walks through its children, so that anything may be called."""
+    steps = list(dis.get_instructions(code))
+    first = code.co_varnames[:1]
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _WALKS:
+            return True
+        if step.opname == "LOAD_GLOBAL" and step.argval in ("getattr", "vars"):
+            return True
+        if step.opname.startswith("LOAD_FAST"):
+            loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            used = after is not None and ("ATTR" in after.opname or after.opname == "LOAD_METHOD")
+            if first and (first[0] in loaded[:-1] or (loaded[-1] == first[0] and not used)):
+                return True
+    return any(isinstance(constant, CodeType) and _mentions_walks(constant) for constant in code.co_consts)
+
+
+def _mentions_walks(code: CodeType) -> bool:
+    return bool(_WALKS.intersection(code.co_names))
+
+
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
 
 
@@ -82,6 +106,8 @@ def why_not_code(frame: FrameType, modules: type, values: type) -> str | None:
     for i, step in enumerate(steps):
         if step.opname in _STORES:
             return f"sets or deletes {step.argval}"
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in ("__class__", "__dict__"):
+            return f"reads {step.argval}"
         if step.opname == "PUSH_EXC_INFO":
             return "contains a try or a with"
         if step.opname.startswith("MATCH_"):

@@ -18,10 +18,11 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from .layer import SyncBatchNorm
-from .reading import mentions, methods
-from .tracing import Followed, NotFollowedError, Read, called_modules, follow, is_tensor
+from .reading import escapes, mentions, methods
+from .tracing import Followed, NotFollowedError, Read, called_modules, follow, tensors
 
 NO_ACTIVATION = "no activation follows it"
+PASSES = "_passes_its_input"  # the mark of an activation that is left to the layer before
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,28 @@ class Owner:
     followed: Followed
     plain_sequential: bool
     matches: dict[str, Match] = field(default_factory=dict)  # by the layer's path
+    tensors: set[Node] = field(default_factory=set)  # nodes that are tensors, in both graphs
 
     @property
     def graphs(self) -> tuple[Graph, Graph]:
         return self.followed.train, self.followed.eval
 
-    def reads(self, matches: list[Match]) -> tuple[Read, ...]:
-        """What must stay as it is for these sites to be what they are."""
-        still_identity = [
-            Read((*path.split("."), "__class__"), nn.Identity) for match in matches for path in match.site.identities
-        ]
-        still_fused = [Read((*m.site.layer.split("."), "_fused_activation"), m.site.activation) for m in matches]
-        reads = [*self.followed.reads, *still_identity]
-        return (*reads, *still_fused) if reads else ()
+    def reads(self, matches: list[Match], passing: bool) -> tuple[Read, ...]:
+        """What must stay as it is for these sites to be what they are, their activations being let pass or left out."""
+        reads = [*self.followed.reads]
+        for site in (match.site for match in matches):
+            reads.append(Read((*site.layer.split("."), "_fused_activation"), site.activation))
+            reads += [Read((*path.split("."), "__class__"), nn.Identity) for path in site.identities]
+            if site.module is not None:
+                activation = site.module.split(".")
+                as_found = type(self.module.get_submodule(site.module))
+                reads.append(
+                    Read((*activation, PASSES), True) if passing else Read((*activation, "__class__"), as_found)
+                )
+                if site.activation == "leaky_relu":
+                    slope = self.module.get_submodule(site.module).negative_slope
+                    reads.append(Read((*activation, "negative_slope"), slope))
+        return tuple(reads)
 
 
 class Sites:
@@ -141,12 +151,16 @@ class Sites:
 
     def _add_code_of(self, module: nn.Module) -> None:
         """What the code of a module that could not be followed might do to modules further down."""
-        for name, of_self, called in (mention for code in methods(type(module)) for mention in mentions(code)):
-            if called and not of_self:
-                self._called_elsewhere.add(name)
-            child = module._modules.get(name)
-            if of_self and not called and isinstance(child, nn.Sequential):
-                self._taken_apart.add(child)
+        for code in methods(type(module)):
+            if escapes(code):
+                self._taken_apart.update(module.modules())
+            for name, of_self, called in mentions(code):
+                if not of_self:
+                    self._called_elsewhere.add(name)
+                    below = [each for path, each in module.named_modules() if path.rpartition(".")[2] == name]
+                    self._taken_apart.update(*(() if called else map(_stations, below)))
+                elif not called and (child := module._modules.get(name)) is not None:
+                    self._taken_apart.update(_stations(child))
 
     def _owner_of(self, name: str) -> nn.Module | None:
         """The nearest module above that has a forward."""
@@ -159,6 +173,7 @@ class Sites:
     # ---- sites
 
     def _find(self, owner: Owner) -> None:
+        owner.tensors = set().union(*map(tensors, owner.graphs))
         by_mode = [dict(self._matches(owner, graph)) for graph in owner.graphs]
         for path, match in by_mode[0].items():
             layer = owner.module.get_submodule(path)
@@ -176,7 +191,6 @@ class Sites:
             try:
                 self._require_fusable(owner, node, layer)
                 match = _match(owner, node)
-                self._require_kept(owner, match)
                 if match.sum in taken:
                     raise RefusedError("the sum after it is fused into another layer")
             except RefusedError as refused:
@@ -205,18 +219,6 @@ class Sites:
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Node):
             raise RefusedError("it is called with more than its input")
 
-    def _require_kept(self, owner: Owner, match: Match) -> None:
-        """With a residual, backward needs the output of a leaky ReLU. Unfused, it needs that only if in place."""
-        node = match.activation
-        if match.sum is None or match.site.activation != "leaky_relu" or _works_in_place(owner, node):
-            return
-        calls = [(owner, node)]
-        for other in self.owners if any(user.op == "output" for user in node.users) else ():
-            nodes = [each for graph in other.graphs for each in graph.nodes if each.op == "call_module"]
-            calls += [(other, n) for n in nodes if other.module.get_submodule(str(n.target)) is owner.module]
-        if any(_is_changed(*call) for call in calls):
-            raise RefusedError("the activation's output is changed in place")
-
     def _is_called_elsewhere(self, owner: Owner, path: str) -> bool:
         """Whether code that no graph shows calls a child of ``owner``, by its name or one by one."""
         first, _, below = path.partition(".")
@@ -230,10 +232,19 @@ class Sites:
         )
 
 
+def _stations(module: nn.Module) -> Iterator[nn.Module]:
+    """The Sequentials whose layers can be reached from ``module`` one by one, from container to container."""
+    if isinstance(module, nn.Sequential):
+        yield module
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        for child in module.children():
+            yield from _stations(child)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything runs before or after the module's forward or backward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind, None) for kind in kinds)
+    return any(getattr(module, kind, None) for kind in kinds) or nn.modules.module._has_any_global_hook()
 
 
 def _calls_others(module: nn.Module) -> bool:
@@ -285,6 +296,9 @@ def _match(owner: Owner, layer: Node) -> Match:
         raise RefusedError(NO_ACTIVATION)
     identities += after
     _require_addable(owner, layer, user, residual, activation)
+    if activation[0] == "leaky_relu" and not _works_in_place(owner, user_of_sum):
+        # With a residual, backward needs its output, which others may change; unfused, only if it works in place.
+        raise RefusedError("a leaky ReLU after a sum is fused only where it works in place")
     site = _site(layer, activation, user_of_sum, identities, added=True)
     return Match(site, layer, user_of_sum, (*identities,), user, residual)
 
@@ -373,7 +387,7 @@ def _require_addable(owner: Owner, layer: Node, sum: Node, residual: Node, activ
     """Raises RefusedError unless the layer may be called where the sum is formed, with the residual."""
     if _is_in_place(sum) and sum.args[0] is residual:
         raise RefusedError("it is added to a tensor that is changed in place")
-    if not is_tensor(residual):
+    if residual not in owner.tensors:
         raise RefusedError("what is added to it may not be a tensor")
     if any(node.op == "get_attr" and str(node.target).startswith(f"{layer.target}.") for node in layer.graph.nodes):
         raise RefusedError("its parameters or buffers are used apart from it")
@@ -417,18 +431,9 @@ def _stays(owner: Owner, residual: Node, sum: Node) -> bool:
     return _is_produced(owner, residual) and list(residual.users) == [sum]
 
 
-def _is_changed(owner: Owner, node: Node) -> bool:
-    """Whether a node's value is changed in place, as far as its owner shows."""
-    return any(user.args[:1] == (node,) and _works_in_place(owner, user) for user in node.users)
-
-
-def _works_in_place(owner: Owner, node: Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(owner.module.get_submodule(str(node.target)), "inplace", False))
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or bool(node.kwargs.get("inplace")) or getattr(operator, f"__{name}__", None) in _IN_PLACE
-
-
-_IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("__i") and name != "__inv__"}
-_IN_PLACE -= {operator.index, operator.invert}
+def _works_in_place(owner: Owner, activation: Node) -> bool:
+    if activation.op == "call_module":
+        return bool(getattr(owner.module.get_submodule(str(activation.target)), "inplace", False))
+    return (
+        activation.target is F.leaky_relu_ or bool(activation.kwargs.get("inplace")) or activation.args[2:3] == (True,)
+    )

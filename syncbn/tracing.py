@@ -339,10 +339,18 @@ _TRANSPARENT_FUNCTIONS = {
 }
 
 
-def is_tensor(node: Node) -> bool:
-    """Whether a node's value is certainly a tensor."""
+def tensors(graph: Graph) -> set[Node]:
+    """The nodes whose values are certainly tensors, or what modules return, which is not known."""
+    found: set[Node] = set()
+    for node in graph.nodes:  # operands come before results
+        if _gives_tensor(node, found):
+            found.add(node)
+    return found
+
+
+def _gives_tensor(node: Node, tensors: set[Node]) -> bool:
     first = node.args[0] if node.args else None
-    of_tensor = isinstance(first, Node) and is_tensor(first)
+    of_tensor = isinstance(first, Node) and first in tensors
     if node.op == "placeholder":
         return any(user.op == "call_module" and user.args[:1] == (node,) for user in node.users)
     if node.op == "call_method":
@@ -351,7 +359,7 @@ def is_tensor(node: Node) -> bool:
         return node.op in ("call_module", "get_attr")
     module = getattr(node.target, "__module__", None) or ""
     if module == "_operator" and node.target is not operator.getitem:
-        return any(isinstance(each, Node) and is_tensor(each) for each in node.args)
+        return any(isinstance(each, Node) and each in tensors for each in node.args)
     if node.target is operator.getitem:
         return of_tensor and isinstance(first, Node) and first.op != "call_module"
     return of_tensor and node.target is not getattr and (not module or of_torch(module))

@@ -205,7 +205,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "y += x": lambda self, y, x: self.act(iadd(y, x)),
     "y.add(x)": lambda self, y, x: y.add(x).relu(),
     "y.add_(x)": lambda self, y, x: y.add_(x).relu_(),
-    "torch.add": lambda self, y, x: F.leaky_relu(torch.add(y, x, alpha=1), 0.1),
+    "torch.add": lambda self, y, x: F.leaky_relu(torch.add(y, x, alpha=1), 0.1, inplace=True),
     "silu of a sum": lambda self, y, x: F.silu(y + x),
     "a residual of another shape": lambda self, y, x: F.relu(y + x.mean((2, 3), keepdim=True)),
     "a residual used again": lambda self, y, x: F.relu(y + x) + x,
@@ -226,7 +226,7 @@ def test_every_form_of_it(after: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "activation", [nn.ReLU(), nn.LeakyReLU(0.2, inplace=True), nn.LeakyReLU(0), nn.SiLU()], ids=str
+    "activation", [nn.ReLU(), nn.LeakyReLU(0.2, inplace=True), nn.LeakyReLU(0, inplace=True), nn.SiLU()], ids=str
 )
 def test_modules(activation: nn.Module) -> None:
     for after in (FORMS["module"], FORMS["y + x"]):
@@ -263,7 +263,7 @@ def test_sequential_neighbours_need_no_tracing() -> None:
 
     plain, model = pair(build)
     assert fused(model) == ["2", "5"]
-    assert type(model) is nn.Sequential
+    assert isinstance(model, nn.Sequential)
     assert_same(plain, model, IMAGES[..., :6, :6])
 
 
@@ -309,7 +309,9 @@ def test_objects_modes_random_numbers_and_attributes_stay() -> None:
     state, names = torch.get_rng_state(), dict(model.named_modules())
     assert syncbn.fuse(model) is model
     assert torch.equal(torch.get_rng_state(), state)
-    assert dict(model.named_modules()) == names
+    left = {name for name, module in model.named_modules() if module is not names[name]}
+    assert left == {"relu"}, "an activation of which nothing is left is replaced; all other objects stay"
+    assert names["relu"](torch.tensor(-1.0)) == 0
     added = {"_fusion", "_fused_activation", "_fused_slope"}
     for module, (training, its) in before.items():
         assert module.training == training
@@ -620,3 +622,76 @@ def test_a_process_that_forgets_to_fuse_is_named(processes: Any) -> None:
         assert "rank 0 has stem(" in message
         assert "activation=relu" in message
         assert "activation=None" in message
+
+
+def test_an_activation_that_models_share_stays_an_activation() -> None:
+    """Such as the default argument of a constructor, or a class attribute."""
+    act = nn.SiLU()
+    models = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), act) for _ in range(2)]
+    x = IMAGES[..., :6, :6]
+    before = models[1].double()(x)
+    models[1][1].reset_running_stats()
+    assert fused(syncbn.fuse(syncbn.convert(models[0].double()))) == ["1"]
+    torch.testing.assert_close(models[1](x), before)
+    assert models[1][2] is act
+    assert syncbn.revert(models[0])[2] is act
+
+
+@pytest.mark.parametrize("depth", [20, 300])
+def test_a_long_chain_of_sums_is_followed_in_time(depth: int) -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(depth))
+            self.bns = nn.ModuleList(nn.BatchNorm2d(2) for _ in range(depth))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv, bn in zip(self.convs, self.bns, strict=True):
+                x = F.relu(bn(conv(x)) + x)
+            return x
+
+    model = syncbn.fuse(syncbn.convert(Chain()))
+    assert len(fused(model)) == depth
+
+
+@pytest.mark.parametrize("what", [nn.GELU(), nn.Identity(), nn.ReLU()], ids=str)
+@pytest.mark.parametrize("where", [1, 2])
+def test_a_layer_or_an_activation_that_is_replaced_later_is_noticed(what: nn.Module, where: int) -> None:
+    """As tools do that fold normalization into convolutions, which would leave no activation at all."""
+    model = syncbn.fuse(syncbn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())))
+    model[where] = what
+    with pytest.raises(RuntimeError, match=r"Call syncbn.fuse\(model\) again"):
+        model(IMAGES.float())
+
+
+def test_a_slope_that_is_changed_later_is_noticed() -> None:
+    model = syncbn.fuse(syncbn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.1))))
+    model[2].negative_slope = 0.5
+    with pytest.raises(RuntimeError, match="negative_slope"):
+        model(IMAGES.float())
+
+
+def test_a_residual_that_is_a_number() -> None:
+    """What a module returns is not known before: a branch that a search has switched off returns 0."""
+
+    class Zero(nn.Module):
+        def forward(self, x: Tensor) -> int:
+            return 0
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.other = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Zero()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.bn(self.conv(x)) + self.other(x))
+
+    plain, model = pair(Cell)
+    assert fused(model) == ["bn"]
+    assert_same(plain, model, IMAGES[..., :6, :6])
+
+
+def test_new_objects_of_a_fused_class_do_what_the_original_does() -> None:
+    model = syncbn.fuse(syncbn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())))
+    assert type(model[2])()(torch.tensor(-1.0)) == 0
+    assert type(model)(nn.ReLU())(torch.tensor(-1.0)) == 0

@@ -635,3 +635,104 @@ def test_random_modules_do_what_they_did() -> None:
         compared += 1
     assert compared > 60
     assert sites > 40
+
+
+class _Unfollowed(nn.Module):
+    """Its forward cannot be followed, and hands out what each layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self._block(3), self._block(4)])
+        self.named = nn.ModuleDict({"a": self._block(4)})
+        self.stem = self._block(4)
+        self.body = nn.Module()
+        self.body.stem = self._block(4)
+
+    @staticmethod
+    def _block(channels: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(channels, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            outputs: list[Tensor] = []
+            for layer in self.layers():
+                x = layer(x)
+                outputs.append(x)
+            return outputs
+
+
+class _Nested(_Unfollowed):
+    def layers(self) -> list[nn.Module]:
+        return [layer for block in self.blocks for layer in block]
+
+
+class _Values(_Unfollowed):
+    def layers(self) -> list[nn.Module]:
+        return [*self.blocks[0], *[layer for block in self.named.values() for layer in block]]
+
+
+class _Deeper(_Unfollowed):
+    def layers(self) -> list[nn.Module]:
+        return [*self.blocks[0], *self.body.stem]
+
+
+class _Modules(_Unfollowed):
+    def layers(self) -> list[nn.Module]:
+        kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+        return [each for each in self.modules() if isinstance(each, kinds)]
+
+
+class _ByName(_Unfollowed):
+    def layers(self) -> list[nn.Module]:
+        return [self.get_submodule(f"blocks.0.{i}") for i in range(3)]
+
+
+class _ByGetattr(_Unfollowed):
+    def layers(self) -> list[nn.Module]:
+        return [*self.blocks[0], *getattr(self, "stem")]  # noqa: B009
+
+
+class _ByAnother(_Unfollowed):
+    def layers(self) -> list[nn.Module]:
+        return _walk(self)
+
+
+def _walk(module: Any) -> list[nn.Module]:
+    return [layer for block in module.blocks for layer in block]
+
+
+@pytest.mark.parametrize("cls", [_Nested, _Values, _Deeper, _Modules, _ByName, _ByGetattr, _ByAnother])
+def test_code_that_cannot_be_followed_may_take_sequentials_apart(cls: type[_Unfollowed]) -> None:
+    """What it hands out between normalization and activation must stay what it was."""
+    torch.manual_seed(0)
+    plain = syncbn.convert(cls().double())
+    model = syncbn.fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_hooks_on_all_modules_are_hooks_between() -> None:
+    def double(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        return output * 2 if isinstance(module, nn.BatchNorm2d) else None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(double)
+    try:
+        model = syncbn.fuse(syncbn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())))
+        assert model[1]._fused_activation is None
+    finally:
+        handle.remove()
+
+
+def test_a_leaky_relu_after_a_sum_whose_output_may_be_changed() -> None:
+    """Backward would need the output, which the unfused one does not unless it works in place."""
+
+    class Leaky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.leaky_relu(self.bn(self.conv(x)) + x, 0.1)
+
+    model = syncbn.fuse(syncbn.convert(nn.Sequential(nn.Sequential(Leaky()), nn.ReLU(inplace=True))))
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
