@@ -133,8 +133,8 @@ def test_the_least_traffic() -> None:
     """Counted from the two passes of each direction."""
     x = y = dy = dx = r = dr = 1
     assert traffic.passes(adds=False) == (x + x + y, x + dy + x + dy + dx)
-    assert traffic.passes(adds=True) == (x + x + r + y, (x + dy + y) + (x + dy + y) + dx + dr)
-    assert traffic.passes(adds=True).total == 12
+    assert traffic.passes(adds=True) == (x + x + r + y, (x + dy + y + dr) + (x + dr + dx))
+    assert traffic.passes(adds=True).total == 11
     assert traffic.gigabytes_per_second(3_000_000, 1.5) == 2.0
 
 

@@ -61,7 +61,7 @@ def plan(options: Options) -> list[tuple[int, str, tuple[str, ...]]]:
         return [(options.processes, options.device, (IDLE, *buckets))]
     sets: list[tuple[int, str, tuple[str, ...]]] = []
     for count in sorted({options.processes, *options.counts}):
-        situations = (IDLE, *buckets) if count == options.processes else (IDLE,)
+        situations = (IDLE, *buckets) if count == options.processes and count > 1 else (IDLE,)
         if count == options.processes or processes.fits(count, options.device):
             sets.append((count, options.device, situations))
     missing = [count for count in options.counts if count not in [known for known, _, _ in sets]]
@@ -73,6 +73,8 @@ def notes(options: Options) -> list[str]:
     if processes.torchrun_world_size() is not None:
         return [f"torchrun has started {options.processes} processes: only that number is measured."]
     said = []
+    if options.processes == 1:
+        said.append("One process has nobody to wait for: its collectives may launch nothing. No gradient buckets then.")
     on_cpu = [count for count, device, _ in plan(options) if device == "cpu"]
     if options.device == "cuda" and on_cpu:
         said.append(f"{_list(on_cpu)} processes are more than there are GPUs: they run gloo on the CPU instead.")

@@ -50,11 +50,15 @@ def run(options: Options) -> Report | None:
 
 
 def require_known(options: Options) -> None:
-    """Raises UserError for names that are no implementations."""
-    names = [each.name for each in implementations(torch.device(options.device), options.processes)]
+    """Raises UserError for names that are no implementations, or if none of those named can run."""
+    known = implementations(torch.device(options.device), options.processes)
+    names = [each.name for each in known]
     for name in options.implementations:
         if name not in names:
             raise UserError(f"--implementations: {name!r} is none of {', '.join(names)}")
+    named = [each for each in known if each.name in options.implementations]
+    if named and all(each.missing is not None for each in named):
+        raise UserError("--implementations: " + "; ".join(f"{each.name} cannot run: {each.missing}" for each in named))
 
 
 def measure(device: torch.device, options: Options) -> Report:
@@ -76,6 +80,11 @@ def measure(device: torch.device, options: Options) -> Report:
         report.show_world(header)
         for name, why in missing.items():
             print(f"not run: {name}: {why}")
+        if dist.get_world_size() == 1:
+            print(
+                "one process: exchanges are called as among many, but there is nobody to wait for; the library may\n"
+                "launch nothing for an all-reduce in place; compare kernels here, not exchanges"
+            )
         print(
             f"copy: {copy_gbs:.1f} GB/s a process. GB/s: of the least that must be moved (syncbn/bench/traffic.py).\n"
             f"Images 1/{options.shrink} of their size, {options.rounds} rounds, medians.\n"
@@ -315,7 +324,10 @@ def show_summary(summary: list[Row]) -> None:
     else:
         print("no tensor in this run is that large")
 
-    print(f"\nHost time of a call at {'x'.join(map(str, TINY))}, without waiting for the device")
+    print(
+        f"\nHost time of a call at {'x'.join(map(str, TINY))}, on rank 0: on a GPU without waiting for it,\n"
+        "on a CPU all of it, with the exchange"
+    )
     table = Table(ours, Column("fwd us", 10, 1), Column("bwd us", 10, 1), Column("of torch-sync", 13, 2))
     table.head()
     for each in by_figure["host time"]:
