@@ -99,12 +99,12 @@ def _normalize(
     _require_floating(x)
     _require_positive(layer.eps)
     _require_vectors_of(x, layer.weight, layer.bias, *(running[:2] if running is not None else ()))
-    peers = _peers_of(exchange, index, x.device)
-    if peers.world_size == 1:
-        _require_more_than_one_value(x)
     _require_device_of(x, residual, mask)
     if mask is not None:
         mask = _of_one_channel(mask, x)
+    peers = _peers_of(exchange, index, x.device)  # may be the first exchange: what is wrong here is said before
+    if peers.world_size == 1:
+        _require_more_than_one_value(x)
     weight, bias, *numbers = layer._replace(world_size=peers.world_size)
     return _Normalize.apply(x, residual, weight, bias, mask, _Call(numbers, running, backend_for(x), peers))
 

@@ -23,6 +23,7 @@ from . import reference
 from .activation import activate, activation_gradient
 from .layout import dense, dense_like
 from .operands import Layer
+from .precision import as_gradient, computing_dtype, in_two_parts
 
 _TINY = 1e-30  # as ε, so that the variance can be had back from 1/√(variance + ε), even where it is 0
 
@@ -74,14 +75,13 @@ def grad_moments(
     if x.numel() == 0:
         return (*reference.grad_moments(dy, x, kept, stats, layer, tag)[:3], dy)
     x = dense(x)
-    hi, lo = _in_two_parts(stats.mean_C, _compute_dtype(x))
+    hi, lo = in_two_parts(stats.mean_C, computing_dtype(x))
     dz = dense_like(_through_activation(dy, x, kept, stats, layer), x)
     rstd = stats.rstd_C.to(hi.dtype)
     sum_dz, sum_dz_centered, _, _ = torch.batch_norm_backward_reduce(dz, x, hi, rstd, None, True, False, False)
     sum_dz = sum_dz.double()
     sum_dz_xhat = (sum_dz_centered.double() - lo * sum_dz) * stats.rstd_C
-    dweight = None if layer.weight is None else sum_dz_xhat.to(layer.weight.dtype, copy=True)
-    dbias = None if layer.bias is None else sum_dz.to(layer.bias.dtype, copy=True)
+    dweight, dbias = as_gradient(sum_dz_xhat, layer.weight), as_gradient(sum_dz, layer.bias)
     numbers = torch.cat([torch.full_like(sum_dz[:1], value) for value in (tag, tag * tag)])
     return torch.cat([sum_dz, sum_dz_xhat, numbers]), dweight, dbias, dz
 
@@ -106,7 +106,7 @@ def grad_input(
     if x.numel() == 0:
         return torch.empty_like(x), dresidual
     x = dense(x)
-    hi, lo = _in_two_parts(stats.mean_C, _compute_dtype(x))
+    hi, lo = in_two_parts(stats.mean_C, computing_dtype(x))
     mean_dz, mean_dz_xhat = gradient_means(message, stats.n, layer.world_size)
     shifted = mean_dz - lo * stats.rstd_C * mean_dz_xhat
     # The kernel divides by the count: these are means already.
@@ -124,22 +124,12 @@ def grad_input(
     return dense_like(dx, x), dresidual  # outside of channels_last, the kernel returns it contiguous
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _in(like: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.to(like.dtype)
 
 
-def _in_two_parts(mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """hi in ``dtype`` and lo in float64, whose sum is the mean."""
-    hi = mean.to(dtype)
-    return hi, mean - hi
-
-
 def _center(x: Tensor, stats: Statistics) -> Centered:
-    x, pivot = dense(x), stats.mean_C.to(_compute_dtype(x))
+    x, pivot = dense(x), stats.mean_C.to(computing_dtype(x))
     return Centered(_minus(x, pivot), pivot)
 
 

@@ -26,6 +26,7 @@ from ..moments import Running, Statistics, gradient_means, settle
 from . import reference
 from .layout import Matrix
 from .operands import Layer
+from .precision import as_gradient, computing_dtype, in_two_parts
 
 CHUNK = 1 << 18  # values for each thread that one step works on at a time: 1 MB in float32, so as to stay in cache
 RUN = 1 << 14  # values that one float32 accumulator of a fused kernel may add up: an error of about 1e-6
@@ -47,7 +48,7 @@ def moments(x: Tensor, mask: Tensor | None, tag: int) -> tuple[Tensor, Centered 
     numbers = torch.tensor([x.numel() // C, tag, tag * tag], dtype=torch.float64, device=x.device)
     if x.numel() == 0:
         return torch.cat([torch.zeros(2 * C, dtype=torch.float64, device=x.device), numbers]), None
-    matrix, dtype = Matrix.of(x), _compute_dtype(x)
+    matrix, dtype = Matrix.of(x), computing_dtype(x)
     pivot = _pivot(matrix, dtype)
     z = torch.empty_like(matrix.tensor, dtype=dtype)
     x_chunks, z_chunks, pivots = _chunks(matrix, matrix.values, matrix.same(z), pivot)
@@ -103,13 +104,12 @@ def grad_moments(
         dz = dy
     else:
         matrix = Matrix.of(x)
-        hi, lo = _in_two_parts(stats.mean_C, _compute_dtype(x))
+        hi, lo = in_two_parts(stats.mean_C, computing_dtype(x))
         dz = dy if layer.activation is None else _through_activation(matrix, dy, kept, stats, layer)
         sums = _two_sums(matrix, matrix.same(dz), matrix.values, *matrix.spread(hi.unsqueeze(0)))
         sum_dz, sum_dz_centered = matrix.by_channel(sums)
         sum_dz_xhat = (sum_dz_centered - lo * sum_dz) * stats.rstd_C
-    dweight = None if layer.weight is None else sum_dz_xhat.to(layer.weight.dtype, copy=True)
-    dbias = None if layer.bias is None else sum_dz.to(layer.bias.dtype, copy=True)
+    dweight, dbias = as_gradient(sum_dz_xhat, layer.weight), as_gradient(sum_dz, layer.bias)
     return torch.cat([sum_dz, sum_dz_xhat, numbers]), dweight, dbias, dz
 
 
@@ -132,8 +132,8 @@ def grad_input(
         return reference.grad_input(dy, x, kept, mask, stats, layer, message, False, None)[0], dresidual
     if x.numel() == 0:
         return torch.empty_like(x), dresidual
-    matrix, dtype = Matrix.of(x), _compute_dtype(x)
-    _, lo = _in_two_parts(stats.mean_C, dtype)
+    matrix, dtype = Matrix.of(x), computing_dtype(x)
+    _, lo = in_two_parts(stats.mean_C, dtype)
     mean_dz, mean_dz_xhat = gradient_means(message, stats.n, layer.world_size)
     a, _ = _scale_and_bias(stats, layer)
     b = a * stats.rstd_C * mean_dz_xhat
@@ -152,7 +152,7 @@ def grad_input(
 def _center(x: Tensor, stats: Statistics) -> Centered:
     """x − mean, for a caller without what moments leaves."""
     matrix = Matrix.of(x)
-    (pivot,) = matrix.spread(stats.mean_C.to(_compute_dtype(x)).unsqueeze(0))
+    (pivot,) = matrix.spread(stats.mean_C.to(computing_dtype(x)).unsqueeze(0))
     z = torch.empty_like(matrix.tensor, dtype=pivot.dtype)
     torch.sub(matrix.values, pivot, out=matrix.same(z))
     return Centered(matrix, z, pivot)
@@ -197,7 +197,7 @@ def _through_activation(matrix: Matrix, dy: Tensor, kept: Tensor | None, stats: 
             _activation_gradient(dy_chunk, y_chunk, layer, out=dz_chunk)
         return dz
     scale, bias = _scale_and_bias(stats, layer)
-    hi, lo = _in_two_parts(stats.mean_C, _compute_dtype(matrix.tensor))
+    hi, lo = in_two_parts(stats.mean_C, computing_dtype(matrix.tensor))
     spread = matrix.spread(torch.stack([hi.double(), scale, bias - lo * scale]).to(hi.dtype))
     chunks = _chunks(matrix, matrix.values, *spread, *each)
     for x_chunk, hi_chunk, scale_chunk, shift_chunk, dy_chunk, dz_chunk, *added in zip(*chunks, strict=True):
@@ -219,10 +219,6 @@ def _activation_gradient(dy: Tensor, z: Tensor, layer: Layer, out: Tensor) -> No
             torch.ops.aten.silu_backward.grad_input(dy, z, grad_input=out)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _pivot(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     """A value near the mean of each row or column: the mean of every k-th of its n values, spread.
 
@@ -240,12 +236,6 @@ def _chunks(matrix: Matrix, *of_rows: Tensor) -> list[tuple[Tensor, ...]]:
     """Matrices and spread values, each cut into the same chunks of whole rows."""
     step = max(1, CHUNK * torch.get_num_threads() // matrix.values.shape[1])
     return [matrix.split(each, step) for each in of_rows]
-
-
-def _in_two_parts(mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """hi in ``dtype`` and lo in float64, whose sum is the mean."""
-    hi = mean.to(dtype)
-    return hi, mean - hi
 
 
 def _scale_and_shift(z: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:

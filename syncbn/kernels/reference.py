@@ -16,6 +16,7 @@ from torch import Tensor
 from ..moments import Running, Statistics, gradient_means, settle
 from .activation import activate, activation_gradient
 from .operands import Layer
+from .precision import as_gradient
 
 
 def moments(x: Tensor, mask: Tensor | None, tag: int) -> tuple[Tensor, None]:
@@ -46,7 +47,7 @@ def grad_moments(
     dz = _grad_sum(dy, x, kept, stats, layer)
     dbias, dweight = _sum(dz), _sum(dz * _xhat(x, stats))
     message = torch.cat([dbias, dweight, _numbers(x, tag, tag**2)])
-    return message, _as_gradient(dweight, layer.weight), _as_gradient(dbias, layer.bias), None
+    return message, as_gradient(dweight, layer.weight), as_gradient(dbias, layer.bias), None
 
 
 def grad_input(
@@ -94,10 +95,6 @@ def _grad_sum(dy: Tensor, x: Tensor, kept: Tensor | None, stats: Statistics, lay
         case _:
             z = _affine(x, stats, layer) if kept is None else kept
     return activation_gradient(dy, z, layer.activation, layer.negative_slope)
-
-
-def _as_gradient(sum_C: Tensor, parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else sum_C.to(parameter.dtype)
 
 
 def _of_channels(values_C: Tensor, x: Tensor) -> Tensor:

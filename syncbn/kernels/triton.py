@@ -37,6 +37,7 @@ from ..moments import Running
 from .launch import Kernel
 from .layout import channels_last, dense, dense_like
 from .operands import Layer
+from .precision import computing_dtype
 from .tiling import RUN, tiling
 
 _STEP = 256
@@ -598,11 +599,7 @@ def _dense_tensors(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 def _weights(mask: Tensor, x: Tensor) -> Tensor:
     """The mask [N, 1, ...] as bytes, or as weights in the computing dtype, one after the other in memory."""
     mask = mask.contiguous()
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask.to(_computing_dtype(x))
-
-
-def _computing_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask.to(computing_dtype(x))
 
 
 def _plan(x: Tensor, *others: Tensor | None) -> Plan:
