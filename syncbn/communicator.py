@@ -23,6 +23,11 @@ def initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def world() -> Any:
+    """The default group; None where there is none."""
+    return dist.GroupMember.WORLD if dist.is_available() else None
+
+
 # NCCL reads the variable once, before its first collective, and a program imports this module before that. Where the
 # process group is there already it may be too late, so it is left alone and `_launch_order_is_fixed` says no.
 if not initialized():

@@ -7,6 +7,7 @@ then sums messages.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,9 @@ from .communicator import (
     require_device,
     resolve,
 )
+from .peers import ALONE, Connected, Peers
+
+_numbers = itertools.count()
 
 
 class Exchange:
@@ -47,6 +51,7 @@ class Exchange:
     Attributes:
         calls: how many all-reduces this process has taken part in.
         bytes: how many bytes these had.
+        number: which Exchange of this process it is.
     """
 
     def __init__(self, process_group: Any = None, dedicated: bool = True, timeout: timedelta | None = None) -> None:
@@ -61,6 +66,7 @@ class Exchange:
         self._layers: list[str] = []
         self._communicator: Communicator | None = None
         self._first_tag = 0
+        self.number = next(_numbers)
 
     @property
     def process_group(self) -> Any:
@@ -94,6 +100,17 @@ class Exchange:
     def alone(self) -> bool:
         """Whether there is nobody to exchange with: the layer's statistics are those of this process."""
         return self.world_size == 1
+
+    def peers(self, index: int, device: torch.device) -> Peers:
+        """Those of one layer, for messages on ``device``; the first call is collective, see ``connect``."""
+        if torch.compiler.is_compiling():
+            from .compiled import traced_peers
+
+            return traced_peers(self, self.number, index, device)
+        if self.alone:
+            return ALONE
+        self.connect(device)
+        return Connected(self.world_size, self.tag(index, backward=False), self.tag(index, backward=True), self)
 
     def tag(self, index: int, backward: bool) -> int:
         """The number that says who is exchanging: unlike for any other layer or direction on the communicator.
@@ -137,7 +154,7 @@ class Exchange:
         Raises:
             RuntimeError: the group cannot reduce tensors on the message's device.
         """
-        communicator = self._connected(message)
+        communicator = self.connected(message.device)
         dist.all_reduce(message, group=communicator.group)
         self.calls += 1
         self.bytes += message.nbytes
@@ -146,16 +163,17 @@ class Exchange:
         """The sum of ``message`` over all processes as a new tensor; its gradient is summed over them, too."""
         from torch.distributed import _functional_collectives
 
-        communicator = self._connected(message)
+        communicator = self.connected(message.device)
         self.calls += 1
         self.bytes += message.nbytes
         return _functional_collectives.all_reduce(message, "sum", communicator.group)
 
-    def _connected(self, message: Tensor) -> Communicator:
-        self.connect(message.device)
+    def connected(self, device: torch.device) -> Communicator:
+        """The communicator for messages on ``device``; see ``connect``."""
+        self.connect(device)
         communicator = self._communicator
         assert communicator is not None  # connect() has set it, or raised
-        require_device(communicator, message.device)
+        require_device(communicator, device)
         return communicator
 
     def _group(self) -> Any:
@@ -175,6 +193,9 @@ class Exchange:
     def __getstate__(self) -> dict[str, Any]:
         """All but what lives in this process only."""
         return self.__dict__ | {"_own_group": nothing, "_communicator": None, "_first_tag": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"number": next(_numbers)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         """A copied model is another model: it shares the communicator, but proves its layers and counts for itself."""

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .exchange import Exchange
+from .calls import Call, surrounded
 from .kernels import Backend, Layer, backend_for, reference
 from .kernels.activation import activate, kept_for_backward, require_activation
 from .moments import Running, Statistics, settle
+from .peers import ALONE, Peers, Source
 
 
 def sync_batch_norm(
@@ -29,7 +30,7 @@ def sync_batch_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     num_batches_tracked: Tensor | None = None,
-    exchange: Exchange | None = None,
+    exchange: Source | None = None,
     index: int = 0,
 ) -> Tensor:
     """Batch normalization (Ioffe and Szegedy, 2015) over the union of all processes' batches.
@@ -70,7 +71,7 @@ def sync_batch_norm(
         y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
         return _add_and_activate(y, residual, activation, negative_slope)
     running = _running(running_mean, running_var, num_batches_tracked, momentum)
-    at = exchange, index
+    at = exchange or ALONE, index
     if residual is None or _is_like(residual, x):
         return _normalize(x, residual, mask, Layer(weight, bias, eps, activation, negative_slope), running, *at)
     # A sum of another shape or dtype, or with a number, is PyTorch's to form.
@@ -92,60 +93,30 @@ def _normalize(
     mask: Tensor | None,
     layer: Layer,
     running: Running | None,
-    exchange: Exchange | None,
+    source: Source,
     index: int,
 ) -> Tensor:
     """One call in training."""
     _require_floating(x)
     _require_positive(layer.eps)
     _require_vectors_of(x, layer.weight, layer.bias, *(running[:2] if running is not None else ()))
-    _require_device_of(x, residual, mask)
-    if mask is not None:
-        mask = _of_one_channel(mask, x)
-    peers = _peers_of(exchange, index, x.device)  # may be the first exchange: what is wrong here is said before
+    call = surrounded(Call(x, residual, mask, layer, running, backend_for(x), source, index))
+    _require_device_of(x, residual, call.mask)
+    mask = None if call.mask is None else _of_one_channel(call.mask, x)
+    peers = call.source.peers(call.number, x.device)  # may be the first exchange: what is wrong here is said before
     if peers.world_size == 1:
         _require_more_than_one_value(x)
     weight, bias, *numbers = layer._replace(world_size=peers.world_size)
-    return _Normalize.apply(x, residual, weight, bias, mask, _Call(numbers, running, backend_for(x), peers))
+    return _Normalize.apply(x, residual, weight, bias, mask, _Frame(numbers, call.running, call.backend, peers))
 
 
-class _Peers(NamedTuple):
-    """The processes whose batches form the union, and the numbers by which they know this layer."""
-
-    world_size: int = 1
-    exchange: Exchange | None = None
-    forward_tag: int = 0
-    backward_tag: int = 0
-
-    def sum(self, message: Tensor) -> Tensor:
-        """``message`` summed over the processes: in place, or differentiably where gradients are recorded."""
-        if self.exchange is None:
-            return message
-        if torch.is_grad_enabled():
-            return self.exchange.differentiable_all_reduce(message)
-        self.exchange.all_reduce(message)
-        return message
-
-
-_ALONE = _Peers()
-
-
-def _peers_of(exchange: Exchange | None, index: int, device: torch.device) -> _Peers:
-    if exchange is None or exchange.alone:
-        return _ALONE
-    exchange.connect(device)
-    return _Peers(
-        exchange.world_size, exchange, exchange.tag(index, backward=False), exchange.tag(index, backward=True)
-    )
-
-
-class _Call(NamedTuple):
-    """One call of the layer, beside the tensors that autograd follows."""
+class _Frame(NamedTuple):
+    """What a call needs beside the tensors that autograd follows."""
 
     numbers: list[Any]  # of the Layer, beside γ and β
     running: Running | None
     backend: Backend
-    peers: _Peers
+    peers: Peers
 
 
 class _Normalize(torch.autograd.Function):
@@ -159,21 +130,21 @@ class _Normalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None,
-        call: _Call,
+        frame: _Frame,
     ) -> Tensor:
-        numbers, running, backend, peers = call
+        numbers, running, backend, peers = frame
         layer = Layer(weight, bias, *numbers)
         message, scratch = backend.moments(x, mask, peers.forward_tag)
-        message = peers.sum(message)
+        message = peers.sum_moments(message)
         y, stats = backend.normalize(x, residual, message, layer, running, scratch)
         ctx.save_for_backward(x, weight, bias, mask, kept_for_backward(layer.activation, residual, y), *stats)
-        ctx.call = call
+        ctx.frame = frame
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mask, kept, *stats = ctx.saved_tensors
-        numbers, _, backend, peers = ctx.call
+        numbers, _, backend, peers = ctx.frame
         layer = Layer(weight, bias, *numbers)
         needs_dx, needs_dresidual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # gradients of these gradients will be asked for
@@ -184,15 +155,15 @@ class _Normalize(torch.autograd.Function):
         if not needs_dx and not needs_dresidual:
             return None, None, dweight, dbias, None, None
         if needs_dx:
-            message = peers.sum(message)
+            message = peers.sum_grad_moments(message)
         dx, dresidual = backend.grad_input(dy, x, kept, mask, stats, layer, message, needs_dresidual, scratch)
         return dx if needs_dx else None, dresidual, dweight, dbias, None, None
 
 
-def _differentiable_statistics(x: Tensor, mask: Tensor | None, layer: Layer, peers: _Peers) -> Statistics:
+def _differentiable_statistics(x: Tensor, mask: Tensor | None, layer: Layer, peers: Peers) -> Statistics:
     """The same statistics as functions of every process's x: formed again, by the reference."""
     message, _ = reference.moments(x, mask, peers.forward_tag)
-    return settle(peers.sum(message), layer.world_size, layer.eps, None)
+    return settle(peers.sum_moments(message), layer.world_size, layer.eps, None)
 
 
 def _running(
