@@ -14,8 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
+from .groups import Groups
+
 _LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 _NCCL_WITH_LAUNCH_ORDER = (2, 26)
+_LAUNCH_ORDER_NEEDS = (
+    f"NCCL >= {'.'.join(map(str, _NCCL_WITH_LAUNCH_ORDER))} and {_LAUNCH_ORDER}=1 from the start. Set it in the job's "
+    f"environment, or import syncbn before torch.distributed.init_process_group."
+)
 _NCCL_MAX_CTAS = 4  # a message of a few kilobytes needs no more, and leaves the GPU to the model
 
 
@@ -74,6 +80,7 @@ class Communicators:
     def __init__(self) -> None:
         self._by_group: WeakKeyDictionary[Any, Communicator] = WeakKeyDictionary()
         self._dedicated: Communicator | None = None
+        self._of_groups: dict[Groups, Communicator] = {}
 
     def of(self, group: Any) -> Communicator:
         """The communicator that uses ``group`` as it is."""
@@ -86,6 +93,14 @@ class Communicators:
         if self._dedicated is None or not self._dedicated.alive:
             self._dedicated = self.of(_new_group_of_all(timeout))
         return self._dedicated
+
+    def of_own_among(self, groups: Groups, timeout: timedelta | None) -> Communicator:
+        """The communicator for this process's own of ``groups``. Collective: every process makes all of them."""
+        found = self._of_groups.get(groups)
+        if found is None or not found.alive:
+            self._of_groups = {key: each for key, each in self._of_groups.items() if each.alive}
+            found = self._of_groups[groups] = self.of(_new_groups(groups, timeout))
+        return found
 
 
 communicators = Communicators()
@@ -108,21 +123,42 @@ def _launch_order_is_fixed() -> bool:
 def _new_group_of_all(timeout: timedelta | None) -> Any:
     """A process group of all processes beside the default one, or the default one where two would not be safe."""
     world = dist.group.WORLD
-    timeout = timeout or _timeout_of(world)
-    if not _uses_nccl(world):
-        return dist.new_group(timeout=timeout, group_desc="syncbn")
-    if not _launch_order_is_fixed():
+    if _uses_nccl(world) and not _launch_order_is_fixed():
         warnings.warn(
             f"syncbn shares the default process group with DistributedDataParallel: a communicator of its own needs "
-            f"NCCL >= {'.'.join(map(str, _NCCL_WITH_LAUNCH_ORDER))} and {_LAUNCH_ORDER}=1 from the start. Set it in "
-            f"the job's environment, or import syncbn before torch.distributed.init_process_group.",
+            f"{_LAUNCH_ORDER_NEEDS}",
             stacklevel=2,
         )
         return world
+    return dist.new_group(**_options(timeout))
+
+
+def _new_groups(groups: Groups, timeout: timedelta | None) -> Any:
+    """This process's one of several new process groups.
+
+    A group of some processes cannot be the default one, so that there is nothing to fall back to on NCCL.
+    """
+    if _uses_nccl(dist.group.WORLD) and not _launch_order_is_fixed():
+        warnings.warn(
+            f"syncbn's groups have communicators of their own beside DistributedDataParallel's. NCCL might launch both "
+            f"in different orders on different processes, which then wait for each other: prevented by "
+            f"{_LAUNCH_ORDER_NEEDS}",
+            stacklevel=2,
+        )
+    own, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups], **_options(timeout))
+    return own
+
+
+def _options(timeout: timedelta | None) -> dict[str, Any]:
+    """What a communicator for small messages beside large ones is made with."""
+    world = dist.group.WORLD
+    timeout = timeout or _timeout_of(world)
+    if not _uses_nccl(world):
+        return {"timeout": timeout, "group_desc": "syncbn"}
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = _NCCL_MAX_CTAS
     options._timeout = timeout
-    return dist.new_group(timeout=timeout, pg_options=options, group_desc="syncbn")
+    return {"timeout": timeout, "pg_options": options, "group_desc": "syncbn"}
 
 
 def _timeout_of(group: Any) -> timedelta:

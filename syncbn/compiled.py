@@ -27,6 +27,10 @@ class Traced(NamedTuple):
     backward_tag: int
     group_name: Any
 
+    @property
+    def joint(self) -> Any:
+        return self.group_name
+
     def sum_moments(self, message: Tensor) -> Tensor:
         return _functional_collectives.all_reduce(message, "sum", self.group_name)
 
@@ -51,5 +55,7 @@ def _constants(
     if exchange.alone:
         return None
     communicator = exchange.connected(device)
+    if exchange.alone:  # in its group, too
+        return None
     tags = exchange.tag(index, backward=False), exchange.tag(index, backward=True)
     return len(communicator.ranks), *tags, communicator.group.group_name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from .communicator import (
     require_device,
     resolve,
 )
+from .groups import ALL, Member, OfSamples, grouping, meet
 from .peers import ALONE, Connected, Peers
 
 _numbers = itertools.count()
@@ -43,10 +44,16 @@ class Exchange:
             the first exchange of any model, in which all processes take part.
         timeout: how long an exchange on the dedicated communicator may take; None for the default group's timeout. It
             is that of the model which makes the communicator.
+        group_size: in place of a process group, how many consecutive ranks form their statistics together; "node" for
+            the processes of one host.
+        statistics_batch: in place of these, how many samples the statistics shall see. All processes are divided into
+            groups whose batches come nearest to it, by what they have in their first batch in training: the size of
+            dimension 0 of the first layer's input.
 
     Raises:
-        ValueError: ``process_group`` has more than one dimension, or this process is not a member of it.
-        TypeError: ``process_group`` is none of the above.
+        ValueError: ``process_group`` has more than one dimension, or this process is not a member of it, or
+            ``group_size`` does not divide the number of processes, or there are two of those options.
+        TypeError: ``process_group`` is none of the above, or a number is not whole.
 
     Attributes:
         calls: how many all-reduces this process has taken part in.
@@ -54,7 +61,18 @@ class Exchange:
         number: which Exchange of this process it is.
     """
 
-    def __init__(self, process_group: Any = None, dedicated: bool = True, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        process_group: Any = None,
+        dedicated: bool = True,
+        timeout: timedelta | None = None,
+        *,
+        group_size: int | Literal["node"] | None = None,
+        statistics_batch: int | None = None,
+    ) -> None:
+        self.grouping = grouping(process_group, group_size, statistics_batch)
+        if initialized():
+            self.grouping.require_possible(dist.get_world_size())
         group = resolve(process_group)
         self._own_group = reference(group)
         # By its name and ranks a group is found again: after pickling, and after torch.distributed was set up anew.
@@ -66,17 +84,35 @@ class Exchange:
         self._layers: list[str] = []
         self._communicator: Communicator | None = None
         self._first_tag = 0
+        # That of this process's group: it stays what it is when layers are added and the processes meet again.
+        self._own: Communicator | None = None
+        self._samples: int | None = None
         self.number = next(_numbers)
 
     @property
     def process_group(self) -> Any:
-        """The process group that the user passed, where it still exists; None for all processes."""
-        return self._own_group()
+        """The process group that the user passed, where it still exists, or that has been made for this process's
+        group; None for all processes."""
+        own = self._own
+        return own.group if own is not None and self.ranks is not None else self._own_group()
 
     @property
     def ranks(self) -> tuple[int, ...] | None:
-        """The global ranks of the processes that the user chose; None for all processes."""
-        return None if self._identity is None else self._identity[1]
+        """The global ranks of the processes with whom the statistics are formed; None for all processes.
+
+        Groups of a size, node or number of samples are known from the first exchange on; before, None.
+        """
+        if self._identity is not None:
+            return self._identity[1]
+        own = self._own
+        if own is None or not own.alive or len(own.ranks) == dist.get_world_size():
+            return None
+        return tuple(own.ranks)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it is known who is in this process's group; that is never asked of the user's own."""
+        return self._own is not None and self._own.alive
 
     def register(self, description: str) -> int:
         """Adds a layer; ``description`` must be the same on all processes. Returns the layer's index."""
@@ -91,7 +127,8 @@ class Exchange:
 
     @property
     def world_size(self) -> int:
-        """Over how many processes the statistics are formed: 1 without torch.distributed."""
+        """Over how many processes the statistics are formed: 1 without torch.distributed, all before the first exchange
+        has divided them into groups."""
         if self._communicator is not None and self._communicator.alive:
             return len(self._communicator.ranks)
         return dist.get_world_size(self._group()) if initialized() else 1
@@ -107,9 +144,10 @@ class Exchange:
             from .compiled import traced_peers
 
             return traced_peers(self, self.number, index, device)
-        if self.alone:
+        if not self.alone:
+            self.connect(device)
+        if self.alone:  # in its group, too
             return ALONE
-        self.connect(device)
         return Connected(self.world_size, self.tag(index, backward=False), self.tag(index, backward=True), self)
 
     def tag(self, index: int, backward: bool) -> int:
@@ -119,15 +157,25 @@ class Exchange:
         """
         return 2 * (self._first_tag + index) + backward
 
-    def connect(self, device: torch.device) -> None:
+    def seeing(self, samples: int) -> Exchange:
+        """Itself, which has seen how many samples a batch in training has: asked for when the groups are formed."""
+        if not torch.compiler.is_compiling() and not self.grouped:
+            self._samples = samples
+        return self
+
+    def connect(self, device: torch.device, batch_size: int | None = None) -> None:
         """Makes the communicator and compares this model's layers with those of the other processes.
 
-        Collective over the group (over all processes, where the dedicated communicator is to be made). It happens by
-        itself at the first exchange; call it before capturing a CUDA graph. A second call does nothing.
+        Collective over all processes, or over the group that the user has passed. It happens by itself at the first
+        exchange; call it before capturing a CUDA graph. A second call does nothing.
+
+        Args:
+            device: that of the tensors to be exchanged.
+            batch_size: of this process, for ``statistics_batch``; None for that of its first batch in training.
 
         Raises:
-            RuntimeError: the layers differ between processes, the group cannot reduce tensors of ``device``, or a CUDA
-                graph is being captured.
+            RuntimeError: the layers or the groups asked for differ between processes, the group cannot reduce tensors
+                of ``device``, a CUDA graph is being captured, or the batch size is needed and not known.
         """
         if self._communicator is not None and self._communicator.alive:
             return
@@ -137,16 +185,32 @@ class Exchange:
                 "training step, or call exchange.connect(device), before the capture"
             )
         group = self._group()
-        if group is None and self.dedicated:
-            communicator = communicators.dedicated(self.timeout)
-        else:
-            communicator = communicators.of(group or dist.group.WORLD)
+        communicator = self._own_of_all(device, batch_size) if group is None else communicators.of(group)
         require_device(communicator, device)
         if len(communicator.ranks) > 1:
             _require_same_layers(communicator, self._layers, device)
         self._first_tag = communicator.next_tag
         communicator.next_tag += len(self._layers)
         self._communicator = communicator
+
+    def _own_of_all(self, device: torch.device, batch_size: int | None) -> Communicator:
+        """The communicator of the group in which this one of all processes is. Collective over all of them."""
+        world = communicators.of(dist.group.WORLD)
+        require_device(world, device)
+        members = [Member(host=0, samples=None)]
+        if len(world.ranks) > 1:
+            asked = f"{self.grouping}{'' if self.dedicated else ', not dedicated'}"
+            if self.grouped and isinstance(self.grouping, OfSamples):  # others would form theirs by this batch
+                asked += ", which has formed its groups before"
+            members = meet(asked, self._samples if batch_size is None else batch_size, device)
+        if not self.grouped:
+            groups = self.grouping.divide(members)
+            if len(groups) > 1:
+                self._own = communicators.of_own_among(groups, self.timeout)
+            else:
+                self._own = communicators.dedicated(self.timeout) if self.dedicated else world
+        assert self._own is not None
+        return self._own
 
     def all_reduce(self, message: Tensor) -> None:
         """Sums ``message`` over all processes, in place.
@@ -192,7 +256,13 @@ class Exchange:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what lives in this process only."""
-        return self.__dict__ | {"_own_group": nothing, "_communicator": None, "_first_tag": 0}
+        return self.__dict__ | {
+            "_own_group": nothing,
+            "_communicator": None,
+            "_own": None,
+            "_samples": None,
+            "_first_tag": 0,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"number": next(_numbers)}
@@ -200,23 +270,26 @@ class Exchange:
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         """A copied model is another model: it shares the communicator, but proves its layers and counts for itself."""
         copy = self.renewed()
-        copy._layers = list(self._layers)
+        copy._layers, copy._own = list(self._layers), self._own
         memo[id(self)] = copy
         return copy
 
     def renewed(self) -> Exchange:
         """An Exchange with the same options and no layers yet."""
         renewed = Exchange(None, self.dedicated, self.timeout)
-        renewed._own_group, renewed._identity = self._own_group, self._identity
+        renewed._own_group, renewed._identity, renewed.grouping = self._own_group, self._identity, self.grouping
         return renewed
 
     @property
     def options(self) -> tuple[Any, ...]:
         """What two Exchanges have in common if one can stand for the other; hashable."""
-        return self._identity, self.dedicated, self.timeout
+        return self._identity, self.grouping, self.dedicated, self.timeout
 
     def __repr__(self) -> str:
-        return f"Exchange({'all processes' if self.ranks is None else f'ranks {list(self.ranks)}'})"
+        ranks = "" if self.ranks is None else f"ranks {list(self.ranks)}"
+        if self.grouping == ALL:
+            return f"Exchange({ranks or self.grouping})"
+        return f"Exchange({self.grouping}{ranks and f': {ranks}'})"
 
 
 def _require_same_layers(communicator: Communicator, layers: list[str], device: torch.device) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .exchange import Exchange
 from .fusion import unfuse
+from .groups import grouping
 from .layer import SyncBatchNorm, describe_layer
 from .recipes import anchor_of, recipe_of, why_not, why_not_followed
 from .selection import Found, Selection, batch_norms, forget_leaving, remember_leaving, select
@@ -24,7 +25,15 @@ from .selection import Found, Selection, batch_norms, forget_leaving, remember_l
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def convert(module: Module, process_group: Any = None, include: Selection = None, exclude: Selection = None) -> Module:
+def convert(
+    module: Module,
+    process_group: Any = None,
+    include: Selection = None,
+    exclude: Selection = None,
+    *,
+    group_size: int | Literal["node"] | None = None,
+    statistics_batch: int | None = None,
+) -> Module:
     """Synchronizes the batch normalization layers of ``module``, in place, over all processes.
 
     Every ``BatchNorm1d/2d/3d``, and every ``torch.nn.SyncBatchNorm`` or relative of it in other packages,
@@ -41,6 +50,10 @@ def convert(module: Module, process_group: Any = None, include: Selection = None
             such as "backbone.*" (see fnmatch), a module class, or several of these. Naming a container means
             all that it contains.
         exclude: which of these to leave as they are; named likewise.
+        group_size: in place of a process group, how many processes form their statistics together: groups of
+            consecutive ranks, which need not be made before. "node" for the processes of each node.
+        statistics_batch: in place of these, how many samples the statistics shall see, whatever the number of
+            processes: groups of consecutive ranks whose batches come nearest to it.
 
     Returns:
         ``module`` itself.
@@ -48,12 +61,14 @@ def convert(module: Module, process_group: Any = None, include: Selection = None
     Raises:
         TypeError: a layer cannot be synchronized without changing what it does. It is named, and nothing is
             changed.
-        ValueError: a name or a pattern matches no layer, or this process is not in ``process_group``.
+        ValueError: a name or a pattern matches no layer, or this process is not in ``process_group``, or
+            ``group_size`` does not divide the number of processes, or two options say over whom.
     """
     found = batch_norms(module)
     chosen, left = select(found, include, exclude)
-    _require_convertible(module, chosen, process_group is not None)
-    exchanges = _exchanges(chosen, process_group)
+    given = _given_exchange(process_group, group_size, statistics_batch)
+    _require_convertible(module, chosen, given is not None)
+    exchanges = _exchanges(chosen, given)
     _swap_classes([each.layer for each in chosen])
     for each, exchange in zip(chosen, exchanges, strict=True):
         _synchronize(each.layer, exchange, each.name)
@@ -155,13 +170,20 @@ def _require_no_threads(module: nn.Module) -> None:
 # ---- through which exchange
 
 
-def _exchanges(chosen: list[Found], process_group: Any) -> list[Exchange]:
-    """Each layer's exchange: one for all layers with the same processes."""
+def _given_exchange(process_group: Any, group_size: Any, statistics_batch: Any) -> Exchange | None:
+    """The exchange that the user's options mean; None where each layer has its own say."""
     if isinstance(process_group, Exchange):
-        return [process_group for _ in chosen]
-    if process_group is not None:
-        shared = Exchange(process_group)
-        return [shared for _ in chosen]
+        grouping(process_group, group_size, statistics_batch)  # takes no second option
+        return process_group
+    if process_group is group_size is statistics_batch is None:
+        return None
+    return Exchange(process_group, group_size=group_size, statistics_batch=statistics_batch)
+
+
+def _exchanges(chosen: list[Found], given: Exchange | None) -> list[Exchange]:
+    """Each layer's exchange: one for all layers with the same processes."""
+    if given is not None:
+        return [given for _ in chosen]
     by_options: dict[tuple[Any, ...], Exchange] = {}
     own = [_own_exchange(each.layer) for each in chosen]
     return [by_options.setdefault(each.options, each) for each in own]

@@ -9,7 +9,7 @@ packages bring along (the entry points "lightning.pytorch.callbacks_factory"): `
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakSet
 
 import torch.distributed as dist
@@ -20,9 +20,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from ..exchange import Exchange
+from ..groups import grouping
 from ..layer import SyncBatchNorm
 from ..selection import Selection, find
 from ..surgery import convert, revert_layer
+from .uneven import EvenBatchesCallback
 
 
 class SyncBatchNormPlugin(LayerSync):
@@ -43,10 +45,27 @@ class SyncBatchNormPlugin(LayerSync):
             made in the LightningModule's ``setup`` can still be assigned to the plugin's ``process_group``.
         include: as in ``syncbn.convert``.
         exclude: as in ``syncbn.convert``.
+        group_size: as in ``syncbn.convert``.
+        statistics_batch: as in ``syncbn.convert``; the first batch of each ``fit`` counts.
+
+    Raises:
+        ValueError: two options say over whom to form the statistics, or a number is less than 1.
+        TypeError: a number is not whole.
     """
 
-    def __init__(self, process_group: Any = None, include: Selection = None, exclude: Selection = None) -> None:
+    def __init__(
+        self,
+        process_group: Any = None,
+        include: Selection = None,
+        exclude: Selection = None,
+        *,
+        group_size: int | Literal["node"] | None = None,
+        statistics_batch: int | None = None,
+    ) -> None:
+        grouping(process_group, group_size, statistics_batch)
         self.process_group = process_group
+        self.group_size = group_size
+        self.statistics_batch = statistics_batch
         self.include = include
         self.exclude = exclude
         self._converted: list[nn.Module] = []
@@ -56,10 +75,18 @@ class SyncBatchNormPlugin(LayerSync):
         _require_guard()
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Converts ``model`` in place; called by the strategy when it sets up for ``fit``."""
+        """Converts ``model`` in place; called by the strategy when it sets up for ``fit``.
+
+        Raises:
+            MisconfigurationException: an option does not fit the model or the number of processes.
+        """
         self.revert(model)
         self._users = {layer: (layer._exchange, layer._index) for layer in _synchronized(model)}
-        convert(model, self.process_group, self.include, self.exclude)
+        what = model, self.process_group, self.include, self.exclude
+        try:
+            convert(*what, group_size=self.group_size, statistics_batch=self.statistics_batch)
+        except ValueError as error:
+            raise MisconfigurationException(f"SyncBatchNormPlugin: {error}") from error
         self._converted = [layer for layer in _synchronized(model) if layer not in self._users]
         self.applied = True
         return model
@@ -85,8 +112,8 @@ _FACTORIES = "lightning.pytorch.callbacks_factory"
 
 
 def guards() -> list[Callback]:
-    """The callbacks for a new Trainer; none where no plugin exists that it could have been given."""
-    return [SyncBatchNormGuard()] if _in_use else []
+    """The callbacks for a new Trainer; the guard only where a plugin exists that it could have been given."""
+    return [EvenBatchesCallback(), *([SyncBatchNormGuard()] if _in_use else [])]
 
 
 def _require_guard() -> None:

@@ -205,7 +205,8 @@ def introduce(cfg: DictConfig, task: LightningModule, trainer: Trainer) -> None:
     device = trainer.strategy.root_device.type
     how = HydraConfig.get().runtime.choices.get("norm", "?") if HydraConfig.initialized() else "?"
     print(f"{cfg.name}: {processes} on {device}, {parameters / 1e6:.2f} M parameters")
-    print(f"normalization: {norms} layers, norm={how}")
+    over = "".join(f" {key}={value}" for key, value in (cfg.get("norm") or {}).items() if value is not None)
+    print(f"normalization: {norms} layers, norm={how}{over}")
     print(f"run folder: {_shown(cfg.run_dir)}")
     if cfg.ckpt_path:
         print(f"continuing from: {_shown(cfg.ckpt_path)}")
