@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from .calls import Call, surrounded
 from .kernels import Backend, Layer, backend_for, reference
 from .kernels.activation import activate, kept_for_backward, require_activation
-from .moments import Running, Statistics, settle
+from .kernels.precision import computing_dtype
+from .moments import Running, settle
 from .peers import ALONE, Peers, Source
 
 
@@ -68,15 +70,54 @@ def sync_batch_norm(
     """
     require_activation(activation, negative_slope)
     if not training:
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+        mean, var, weight, bias = _of_one_dtype(x, running_mean, running_var, weight, bias)
+        y = F.batch_norm(x, _unmoved(mean), _unmoved(var), weight, bias, False, momentum or 0.0, eps)
         return _add_and_activate(y, residual, activation, negative_slope)
-    running = _running(running_mean, running_var, num_batches_tracked, momentum)
-    at = exchange or ALONE, index
+    running = moved_by(running_mean, running_var, num_batches_tracked, momentum)
+    layer = Layer(weight, bias, eps, activation, negative_slope)
+    return normalize_in_training(x, residual, mask, layer, running, exchange or ALONE, index)
+
+
+def normalize_in_training(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    layer: Layer,
+    running: Running | None,
+    source: Source,
+    index: int,
+) -> Tensor:
+    """The same in training, of arguments that stand together."""
+    if torch.compiler.is_exporting():
+        from .exported import exported  # which imports torch._dynamo
+
+        y = exported(begin(x, None, mask, layer, running, source, index))
+        return _add_and_activate(y, residual, layer.activation, layer.negative_slope)
     if residual is None or _is_like(residual, x):
-        return _normalize(x, residual, mask, Layer(weight, bias, eps, activation, negative_slope), running, *at)
+        return _Normalize.apply(*operands(begin(x, residual, mask, layer, running, source, index)))
     # A sum of another shape or dtype, or with a number, is PyTorch's to form.
-    y = _normalize(x, None, mask, Layer(weight, bias, eps), running, *at)
-    return _add_and_activate(y, residual, activation, negative_slope)
+    y = _Normalize.apply(*operands(begin(x, None, mask, Layer(*layer[:3]), running, source, index)))
+    return _add_and_activate(y, residual, layer.activation, layer.negative_slope)
+
+
+def _of_one_dtype(x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
+    """The vectors in a dtype that ``F.batch_norm`` takes beside x: x's, or the one it computes in.
+
+    FSDP's mixed precision casts parameters and no buffers, and PyTorch refuses what comes of it.
+    """
+    fit = all(vector is None or vector.dtype == x.dtype for vector in vectors)
+    dtype = x.dtype if fit else computing_dtype(x)
+    return [vector if vector is None or vector.dtype == dtype else vector.to(dtype) for vector in vectors]
+
+
+def _unmoved(running: Tensor | None) -> Tensor | None:
+    """A copy where ``F.batch_norm`` keeps it for backward, until which it may be moved.
+
+    DistributedDataParallel may broadcast the buffer, or a forward in training move it (PyTorch issues 24397 and 65907).
+    A traced graph shows the buffer itself.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return running if running is None or traced or not torch.is_grad_enabled() else running.clone()
 
 
 def _is_like(residual: Any, x: Tensor) -> bool:
@@ -87,7 +128,7 @@ def _add_and_activate(y: Tensor, residual: Tensor | None, activation: str | None
     return activate(y if residual is None else y + residual, activation, negative_slope)
 
 
-def _normalize(
+def begin(
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
@@ -95,22 +136,27 @@ def _normalize(
     running: Running | None,
     source: Source,
     index: int,
-) -> Tensor:
-    """One call in training."""
+) -> Call:
+    """One call in training as the blocks around it have it. What is wrong with its tensors is said here."""
     _require_floating(x)
     _require_positive(layer.eps)
     _require_vectors_of(x, layer.weight, layer.bias, *(running[:2] if running is not None else ()))
     call = surrounded(Call(x, residual, mask, layer, running, backend_for(x), source, index))
     _require_device_of(x, residual, call.mask)
-    mask = None if call.mask is None else _of_one_channel(call.mask, x)
-    peers = call.source.peers(call.number, x.device)  # may be the first exchange: what is wrong here is said before
+    return call if call.mask is None else call._replace(mask=_of_one_channel(call.mask, x))
+
+
+def operands(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Frame]:
+    """The tensors of a call that autograd follows, and the rest. May be the first exchange."""
+    peers = call.source.peers(call.number, call.x.device)
     if peers.world_size == 1:
-        _require_more_than_one_value(x)
-    weight, bias, *numbers = layer._replace(world_size=peers.world_size)
-    return _Normalize.apply(x, residual, weight, bias, mask, _Frame(numbers, call.running, call.backend, peers))
+        _require_more_than_one_value(call.x)
+    weight, bias, *numbers, _ = call.layer
+    numbers.append(peers.world_size)
+    return call.x, call.residual, weight, bias, call.mask, Frame(numbers, call.running, call.backend, peers)
 
 
-class _Frame(NamedTuple):
+class Frame(NamedTuple):
     """What a call needs beside the tensors that autograd follows."""
 
     numbers: list[Any]  # of the Layer, beside γ and β
@@ -130,45 +176,96 @@ class _Normalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None,
-        frame: _Frame,
+        frame: Frame,
     ) -> Tensor:
-        numbers, running, backend, peers = frame
-        layer = Layer(weight, bias, *numbers)
-        message, scratch = backend.moments(x, mask, peers.forward_tag)
-        message = peers.sum_moments(message)
-        y, stats = backend.normalize(x, residual, message, layer, running, scratch)
-        ctx.save_for_backward(x, weight, bias, mask, kept_for_backward(layer.activation, residual, y), *stats)
+        message, outputs = begin_forward(frame, x, residual, weight, bias, mask)
+        y, saved = outputs(frame.peers.sum_moments(message))
+        ctx.save_for_backward(*saved)
         ctx.frame = frame
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mask, kept, *stats = ctx.saved_tensors
-        numbers, _, backend, peers = ctx.frame
-        layer = Layer(weight, bias, *numbers)
-        needs_dx, needs_dresidual, *_ = ctx.needs_input_grad
+        frame, saved = ctx.frame, ctx.saved_tensors
         if torch.is_grad_enabled():  # gradients of these gradients will be asked for
-            backend, stats = reference, _differentiable_statistics(x, mask, layer, peers)
+            frame, saved = differentiable(frame, saved, frame.peers.sum_moments(moments_again(frame, saved)))
+        message, gradients = begin_backward(frame, saved, dy, ctx.needs_input_grad)
+        if ctx.needs_input_grad[0]:
+            message = frame.peers.sum_grad_moments(message)
+        return *gradients(message), None
 
-        # γ's and β's gradients are this process's own sums: DistributedDataParallel averages them with all others.
-        message, dweight, dbias, scratch = backend.grad_moments(dy, x, kept, stats, layer, peers.backward_tag)
+
+# ---- the two halves of each direction, between which messages are summed
+
+
+Saved = tuple[Any, ...]  # x, γ, β, mask and what else is kept for backward; then the backend's statistics
+
+
+def begin_forward(
+    frame: Frame,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Saved]]]:
+    """The forward message; and what makes of its sum y and all that backward needs."""
+    numbers, running, backend, peers = frame
+    message, scratch = backend.moments(x, mask, peers.forward_tag)
+
+    def outputs(message: Tensor) -> tuple[Tensor, Saved]:
+        layer = Layer(weight, bias, *numbers)
+        y, stats = backend.normalize(x, residual, message, layer, running, scratch)
+        return y, (x, weight, bias, mask, kept_for_backward(layer.activation, residual, y), *stats)
+
+    return message, outputs
+
+
+def begin_backward(
+    frame: Frame, saved: Saved, dy: Tensor, needs_input_grad: Sequence[bool]
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor | None, ...]]]:
+    """The backward message; and what makes of its sum the gradients of x, residual, γ, β and mask.
+
+    Where x needs none, the message need not be summed.
+    """
+    x, weight, bias, mask, kept, *stats = saved
+    numbers, _, backend, peers = frame
+    layer = Layer(weight, bias, *numbers)
+    needs_dx, needs_dresidual, *_ = needs_input_grad
+    # γ's and β's gradients are this process's own sums: DistributedDataParallel averages them with all others.
+    message, dweight, dbias, scratch = backend.grad_moments(dy, x, kept, stats, layer, peers.backward_tag)
+
+    def gradients(message: Tensor) -> tuple[Tensor | None, ...]:
         if not needs_dx and not needs_dresidual:
-            return None, None, dweight, dbias, None, None
-        if needs_dx:
-            message = peers.sum_grad_moments(message)
+            return None, None, dweight, dbias, None
         dx, dresidual = backend.grad_input(dy, x, kept, mask, stats, layer, message, needs_dresidual, scratch)
-        return dx if needs_dx else None, dresidual, dweight, dbias, None, None
+        return dx if needs_dx else None, dresidual, dweight, dbias, None
+
+    return message, gradients
 
 
-def _differentiable_statistics(x: Tensor, mask: Tensor | None, layer: Layer, peers: Peers) -> Statistics:
-    """The same statistics as functions of every process's x: formed again, by the reference."""
-    message, _ = reference.moments(x, mask, peers.forward_tag)
-    return settle(peers.sum_moments(message), layer.world_size, layer.eps, None)
+def moments_again(frame: Frame, saved: Saved) -> Tensor:
+    """The forward message as a function of x: formed by the reference."""
+    x, _, _, mask, *_ = saved
+    return reference.moments(x, mask, frame.peers.forward_tag)[0]
 
 
-def _running(
+def differentiable(frame: Frame, saved: Saved, message: Tensor) -> tuple[Frame, Saved]:
+    """What ``begin_backward`` makes gradients of that are functions of every process's x themselves.
+
+    Args:
+        frame: as the forward had it.
+        saved: what that has saved.
+        message: ``moments_again``, summed.
+    """
+    _, _, eps, _, _, world_size = Layer(None, None, *frame.numbers)
+    return frame._replace(backend=reference), (*saved[:5], *settle(message, world_size, eps, None))
+
+
+def moved_by(
     mean: Tensor | None, var: Tensor | None, num_batches_tracked: Tensor | None, momentum: float | None
 ) -> Running | None:
+    """The running statistics that a call in training moves; None where there are none."""
     if mean is None or var is None:
         return None
     if momentum is None and num_batches_tracked is None:

@@ -8,8 +8,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .exchange import Exchange
-from .functional import sync_batch_norm
+from .functional import moved_by, normalize_in_training, sync_batch_norm
+from .kernels import Layer
 from .kernels.activation import require_activation
+from .moments import Running
+from .peers import Source
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -97,6 +100,12 @@ class SyncBatchNorm(_BatchNorm):
         if input.shape[1] != self.num_features:
             raise RuntimeError(f"expected {self.num_features} channels in dimension 1, got input size {input.size()}")
 
+    def __prepare_scriptable__(self) -> SyncBatchNorm:
+        raise TypeError(
+            "torch.jit.script cannot compile a SyncBatchNorm, which exchanges statistics between processes: call "
+            "syncbn.revert(model) first, or use torch.jit.trace on a model in eval"
+        )
+
     def extra_repr(self) -> str:
         slope = f", negative_slope={self._fused_slope}" if self._fused_activation == "leaky_relu" else ""
         fused = f", activation={self._fused_activation}{slope}" if self._fused_activation else ""
@@ -105,26 +114,30 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         self._check_channels(input)
-        tracked = self.track_running_stats or not self.training
-        running_mean = self.running_mean if tracked else None
-        running_var = self.running_var if tracked else None
+        if self.training:
+            return normalize_in_training(input, residual, mask, *self._in_training(input))
         return sync_batch_norm(
             input,
-            running_mean,
-            running_var,
+            self.running_mean,
+            self.running_var,
             self.weight,
             self.bias,
-            self.training or (running_mean is None and running_var is None),
-            self.momentum,
-            self.eps,
+            training=self.running_mean is None and self.running_var is None,
+            momentum=self.momentum,
+            eps=self.eps,
             residual=residual,
             mask=mask,
             activation=self._fused_activation,
             negative_slope=self._fused_slope,
-            num_batches_tracked=self.num_batches_tracked,
-            exchange=self._exchange if self.training else None,
-            index=self._index,
         )
+
+    def _in_training(self, input: Tensor) -> tuple[Layer, Running | None, Source, int]:
+        """What a call in training does, what it moves, over whom, and as which of their layers."""
+        layer = Layer(self.weight, self.bias, self.eps, self._fused_activation, self._fused_slope)
+        running = None
+        if self.track_running_stats:
+            running = moved_by(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        return layer, running, self._exchange.seeing(input.shape[0]), self._index
 
 
 def describe_layer(layer: _BatchNorm, name: str) -> str:

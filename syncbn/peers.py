@@ -12,7 +12,11 @@ from torch import Tensor
 
 
 class Peers(Protocol):
-    """The processes of one call, and the numbers by which they know the layer."""
+    """The processes of one call, and the numbers by which they know the layer.
+
+    They may also have ``joint``: where that of several calls is equal, and not None, the peers of any of these calls
+    sum the messages of all of them, laid end to end (see ``together``).
+    """
 
     @property
     def world_size(self) -> int: ...
@@ -64,6 +68,10 @@ class Connected(NamedTuple):
     forward_tag: int
     backward_tag: int
     exchange: Any  # an Exchange: what it is made of imports this file
+
+    @property
+    def joint(self) -> Any:
+        return self.exchange._communicator
 
     def sum_moments(self, message: Tensor) -> Tensor:
         return self._sum(message)

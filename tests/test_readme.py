@@ -11,16 +11,12 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from documentation import ROOT, blocks
 from torch import nn
 
 import syncbn
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def network() -> nn.Module:
@@ -28,7 +24,7 @@ def network() -> nn.Module:
 
 
 def test_the_python_code_runs(processes: Any) -> None:
-    plain, with_lightning = blocks("python")
+    plain, with_lightning = blocks("README.md")
     assert processes(2).run(_run_plain, plain) == [True, True]
     names: dict[str, Any] = {"lightning": lightning}
     exec(with_lightning.replace("devices=8", 'devices=2, accelerator="cpu", logger=False'), names)
