@@ -44,7 +44,9 @@ class Surrounding:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _entered.blocks = _entered.blocks[:-1]
+        # The last entry of this block, which is the last of all but where a generator has left a block open.
+        after = len(_entered.blocks) - 1 - _entered.blocks[::-1].index(self)
+        _entered.blocks = _entered.blocks[:after] + _entered.blocks[after + 1 :]
 
 
 class _Entered(threading.local):
@@ -59,6 +61,11 @@ _entered = _Entered()
 def entered() -> tuple[Surrounding, ...]:
     """The blocks that this thread is in, outermost first."""
     return _entered.blocks
+
+
+def enter_only(blocks: tuple[Surrounding, ...]) -> None:
+    """Puts this thread into these blocks, outermost first, and out of all others; none of them is told."""
+    _entered.blocks = blocks
 
 
 def surrounded(call: Call) -> Call:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from syncbn.kernels import Backend
 
-NAMES = ("reference", "cpu", "aten", "triton")
-ON_CUDA = ("reference", "aten", "triton")
+NAMES = ("reference", "traced", "cpu", "aten", "triton")
+ON_CUDA = ("reference", "traced", "aten", "triton")
 
 
 def device_of(name: str) -> torch.device:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..moments import Running
-from . import aten, cpu, reference
+from . import aten, cpu, reference, traced
 from .operands import Layer
 
 
@@ -74,12 +74,9 @@ SMALL = 1 << 14  # values up to which, on a CPU, the reference's fewer operation
 
 
 def backend_for(x: Tensor) -> Backend:
-    """The fastest backend for ``x``; the plain PyTorch reference for any device without one of its own.
-
-    The reference is also what torch.compile is to trace, which fuses its operations itself.
-    """
+    """The fastest backend for ``x``; the plain PyTorch reference for any device without one of its own."""
     if torch.compiler.is_compiling():
-        return reference
+        return traced
     match x.device.type:
         case "cpu":
             return cpu if x.numel() > SMALL else reference
