@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from .exchange import Exchange
+from .freezing import is_held
+from .groups import ALL
 from .layer import SyncBatchNorm
 from .recipes import anchor_of, is_batch_norm, is_frozen
 from .selection import Found, find, reason_for_leaving
@@ -90,9 +92,11 @@ def _row(each: Found, training: bool) -> Row:
 
 def _standing(layer: nn.Module) -> tuple[str, str, str]:
     """Status, over whom, and the reason, for a layer in training mode."""
+    if is_held(layer):
+        return FROZEN, "", "syncbn.freeze keeps it in eval mode"
     if isinstance(layer, SyncBatchNorm):
         over, note = _over(layer._exchange, _note(layer))
-        return SYNCHRONIZED, over, "; ".join(filter(None, (_activation(layer), note)))
+        return SYNCHRONIZED, over, _joined(_activation(layer), note)
     if is_frozen(layer):
         return FROZEN, "", "its class keeps the statistics fixed"
     if not is_batch_norm(layer):
@@ -135,12 +139,20 @@ def _activation(layer: SyncBatchNorm) -> str:
 
 def _over(exchange: Exchange, note: str) -> tuple[str, str]:
     """Whose batches form the statistics, and what is to be known of it."""
+    asked = "" if exchange.grouping == ALL else str(exchange.grouping)
     if not (dist.is_available() and dist.is_initialized()):
-        return "this process", note or "torch.distributed is not initialized"
+        return "this process", note or _joined(asked, "torch.distributed is not initialized")
     try:
         size = exchange.world_size
     except RuntimeError as error:  # saved with a group that is not here
         return "unknown", str(error)
+    if asked and not exchange.grouped and dist.get_world_size() > 1:
+        return exchange.grouping.kind, note
     if size == 1:
-        return "this process", note or "there is no other"
-    return (f"all {size} processes" if exchange.ranks is None else f"ranks {list(exchange.ranks)}"), note
+        return "this process", _joined(asked, note) or "there is no other"
+    over = f"all {size} processes" if exchange.ranks is None else f"ranks {list(exchange.ranks)}"
+    return over, _joined(asked, note)
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))

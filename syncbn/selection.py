@@ -86,6 +86,14 @@ def forget_leaving(layer: nn.Module) -> None:
 
 def select(found: list[Found], include: Selection, exclude: Selection) -> tuple[list[Found], dict[nn.Module, str]]:
     """The layers to convert, and why not the others."""
+    chosen, left = divide(found, include, exclude)
+    for each in chosen:
+        forget_leaving(each.layer)
+    return chosen, left
+
+
+def divide(found: list[Found], include: Selection, exclude: Selection) -> tuple[list[Found], dict[nn.Module, str]]:
+    """The layers that are meant, and why not the others."""
     included, excluded = _selectors(include, "include"), _selectors(exclude, "exclude")
     _require_matches(found, [*(included or []), *(excluded or [])])
     left: dict[nn.Module, str] = {}
@@ -98,7 +106,6 @@ def select(found: list[Found], include: Selection, exclude: Selection) -> tuple[
             left[each.layer] = f"not named by include={', '.join(map(_spelled, included))}"
         else:
             chosen.append(each)
-            forget_leaving(each.layer)
     return chosen, left
 
 

@@ -1,5 +1,14 @@
 """syncbn in PyTorch Lightning."""
 
+from .accumulation import AccumulateStatisticsCallback
 from .plugin import SyncBatchNormGuard, SyncBatchNormPlugin
+from .recalibration import RecalibrationCallback
+from .uneven import EvenBatchesCallback
 
-__all__ = ["SyncBatchNormGuard", "SyncBatchNormPlugin"]
+__all__ = [
+    "AccumulateStatisticsCallback",
+    "EvenBatchesCallback",
+    "RecalibrationCallback",
+    "SyncBatchNormGuard",
+    "SyncBatchNormPlugin",
+]
