@@ -86,7 +86,6 @@ class Exchange:
         self._first_tag = 0
         # That of this process's group: it stays what it is when layers are added and the processes meet again.
         self._own: Communicator | None = None
-        self._samples: int | None = None
         self.number = next(_numbers)
 
     @property
@@ -138,14 +137,14 @@ class Exchange:
         """Whether there is nobody to exchange with: the layer's statistics are those of this process."""
         return self.world_size == 1
 
-    def peers(self, index: int, device: torch.device) -> Peers:
-        """Those of one layer, for messages on ``device``; the first call is collective, see ``connect``."""
-        if torch.compiler.is_compiling():
+    def peers(self, index: int, x: Tensor) -> Peers:
+        """Those of one layer, for its input x; the first call is collective, see ``connect``."""
+        if torch.compiler.is_dynamo_compiling():
             from .compiled import traced_peers
 
-            return traced_peers(self, self.number, index, device)
+            return traced_peers(self, self.number, index, x.device)
         if not self.alone:
-            self.connect(device)
+            self.connect(x.device, x.shape[0])
         if self.alone:  # in its group, too
             return ALONE
         return Connected(self.world_size, self.tag(index, backward=False), self.tag(index, backward=True), self)
@@ -157,12 +156,6 @@ class Exchange:
         """
         return 2 * (self._first_tag + index) + backward
 
-    def seeing(self, samples: int) -> Exchange:
-        """Itself, which has seen how many samples a batch in training has: asked for when the groups are formed."""
-        if not torch.compiler.is_compiling() and not self.grouped:
-            self._samples = samples
-        return self
-
     def connect(self, device: torch.device, batch_size: int | None = None) -> None:
         """Makes the communicator and compares this model's layers with those of the other processes.
 
@@ -171,7 +164,7 @@ class Exchange:
 
         Args:
             device: that of the tensors to be exchanged.
-            batch_size: of this process, for ``statistics_batch``; None for that of its first batch in training.
+            batch_size: of this process, which ``statistics_batch`` needs; at the first exchange, that of the input.
 
         Raises:
             RuntimeError: the layers or the groups asked for differ between processes, the group cannot reduce tensors
@@ -202,7 +195,7 @@ class Exchange:
             asked = f"{self.grouping}{'' if self.dedicated else ', not dedicated'}"
             if self.grouped and isinstance(self.grouping, OfSamples):  # others would form theirs by this batch
                 asked += ", which has formed its groups before"
-            members = meet(asked, self._samples if batch_size is None else batch_size, device)
+            members = meet(asked, batch_size, device)
         if not self.grouped:
             groups = self.grouping.divide(members)
             if len(groups) > 1:
@@ -260,7 +253,6 @@ class Exchange:
             "_own_group": nothing,
             "_communicator": None,
             "_own": None,
-            "_samples": None,
             "_first_tag": 0,
         }
 

@@ -148,7 +148,7 @@ def begin(
 
 def operands(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Frame]:
     """The tensors of a call that autograd follows, and the rest. May be the first exchange."""
-    peers = call.source.peers(call.number, call.x.device)
+    peers = call.source.peers(call.number, call.x)
     if peers.world_size == 1:
         _require_more_than_one_value(call.x)
     weight, bias, *numbers, _ = call.layer

@@ -39,8 +39,8 @@ class Peers(Protocol):
 class Source(Protocol):
     """Where a layer has its peers from."""
 
-    def peers(self, index: int, device: torch.device) -> Peers:
-        """Those of the layer that is registered as ``index``, for messages on ``device``."""
+    def peers(self, index: int, x: Tensor) -> Peers:
+        """Those of the layer that is registered as ``index``, for its input x."""
         ...
 
 
@@ -57,7 +57,7 @@ class Alone(NamedTuple):
     def sum_grad_moments(self, message: Tensor) -> Tensor:
         return message
 
-    def peers(self, index: int, device: torch.device) -> Alone:
+    def peers(self, index: int, x: Tensor) -> Alone:
         return self
 
 

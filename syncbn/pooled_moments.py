@@ -89,8 +89,8 @@ class _Pooled(NamedTuple):
     pool: Pool
     of_union: bool
 
-    def peers(self, index: int, device: torch.device) -> Peers:
-        peers = self.source.peers(index, device)
+    def peers(self, index: int, x: Tensor) -> Peers:
+        peers = self.source.peers(index, x)
         return _PooledPeers(peers.world_size, peers.forward_tag, peers.backward_tag, peers, self.pool, self.of_union)
 
 

@@ -75,7 +75,7 @@ SMALL = 1 << 14  # values up to which, on a CPU, the reference's fewer operation
 
 def backend_for(x: Tensor) -> Backend:
     """The fastest backend for ``x``; the plain PyTorch reference for any device without one of its own."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # this code, not some code of some thread
         return traced
     match x.device.type:
         case "cpu":
