@@ -38,38 +38,35 @@ class Surrounding:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        _entered.blocks = (*_entered.blocks, self)
+        enter_only((*entered(), self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # The last entry of this block, which is the last of all but where a generator has left a block open.
-        after = len(_entered.blocks) - 1 - _entered.blocks[::-1].index(self)
-        _entered.blocks = _entered.blocks[:after] + _entered.blocks[after + 1 :]
+        blocks = entered()
+        after = len(blocks) - 1 - blocks[::-1].index(self)
+        enter_only(blocks[:after] + blocks[after + 1 :])
 
 
-class _Entered(threading.local):
-    """This thread's blocks, outermost first: autograd runs a recomputation on threads of its own."""
-
-    blocks: tuple[Surrounding, ...] = ()
-
-
-_entered = _Entered()
+# This thread's, since autograd runs a recomputation on threads of its own. Not of a subclass with a default: what
+# torch.compile writes to one is lost at a graph break.
+_this_thread = threading.local()
 
 
 def entered() -> tuple[Surrounding, ...]:
     """The blocks that this thread is in, outermost first."""
-    return _entered.blocks
+    return getattr(_this_thread, "blocks", ())
 
 
 def enter_only(blocks: tuple[Surrounding, ...]) -> None:
     """Puts this thread into these blocks, outermost first, and out of all others; none of them is told."""
-    _entered.blocks = blocks
+    _this_thread.blocks = blocks
 
 
 def surrounded(call: Call) -> Call:
     """The call, changed by all blocks that it is in, the innermost first."""
-    for block in reversed(_entered.blocks):
+    for block in reversed(entered()):
         call = block.changed(call)
     return call

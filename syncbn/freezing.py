@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .layer import SyncBatchNorm
+from .layer import SyncBatchNorm, describe_layer
 from .recipes import is_exported, is_scripted
 from .selection import Found, Selection, batch_norms, divide
 
@@ -45,7 +45,7 @@ def freeze(module: Module, include: Selection = None, exclude: Selection = None,
         layer.training = False
         if affine:
             stay.hold_parameters()
-        _describe_again(layer, frozen=True)
+        _describe_again(layer)
     return module
 
 
@@ -72,7 +72,7 @@ def unfreeze(module: Module, include: Selection = None, exclude: Selection = Non
         del vars(each.layer)[_TRAIN]
         each.layer.training = stay.mode
         stay.release_parameters()
-        _describe_again(each.layer, frozen=False)
+        _describe_again(each.layer)
     return module
 
 
@@ -140,11 +140,8 @@ def _require_freezable(found: list[Found]) -> None:
         )
 
 
-_FROZEN = ", frozen"
-
-
-def _describe_again(layer: nn.Module, frozen: bool) -> None:
+def _describe_again(layer: nn.Module) -> None:
     """The processes compare which layers are frozen: one that exchanges would wait for one that does not."""
     if isinstance(layer, SyncBatchNorm):
-        described = layer._exchange._layers[layer._index].removesuffix(_FROZEN)
-        layer._exchange.describe_again(layer._index, described + _FROZEN if frozen else described)
+        name, _, _ = layer._exchange._layers[layer._index].partition("(")
+        layer._exchange.describe_again(layer._index, describe_layer(layer, name))

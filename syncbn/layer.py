@@ -145,7 +145,8 @@ def describe_layer(layer: _BatchNorm, name: str) -> str:
     activation = layer._fused_activation if isinstance(layer, SyncBatchNorm) else None
     if isinstance(layer, SyncBatchNorm) and activation == "leaky_relu":
         activation += f"({layer._fused_slope})"
+    frozen = ", frozen" if "train" in vars(layer) else ""  # a train() of its own: it exchanges nothing
     return (
         f"{name}(channels={layer.num_features}, eps={layer.eps}, momentum={layer.momentum}, "
-        f"affine={layer.affine}, track_running_stats={layer.track_running_stats}, activation={activation})"
+        f"affine={layer.affine}, track_running_stats={layer.track_running_stats}, activation={activation}{frozen})"
     )

@@ -29,7 +29,7 @@ try() {
 workers=() # compiling some hundred variants of the kernels is most of the tests' time
 if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
 try "$python" -m pytest -p no:cacheprovider -q -rs --continue-on-collection-errors "${workers[@]}" tests
-for mode in layer exchange step; do
+for mode in layer exchange step memory; do
     try "$python" -m syncbn.bench "$mode" --json "$prefix-$mode.json" --plot "$prefix-$mode.png"
 done
 try "$python" -m syncbn.bench scaling --from "$prefix-exchange.json" \

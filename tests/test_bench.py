@@ -265,7 +265,8 @@ def test_what_is_missing_says_why() -> None:
     known = implementations.implementations(CPU, 2)
     names = [each.name for each in known]
     assert names == [
-        *("syncbn", "syncbn+add+relu", "syncbn+fuse", "local", "local+add+relu", "torch-sync", "torch-sync+add+relu"),
+        *("syncbn", "syncbn+add+relu", "syncbn+fuse", "syncbn+recompute", "syncbn+compile", "syncbn+fuse+compile"),
+        *("local", "local+compile", "local+add+relu", "torch-sync", "torch-sync+add+relu"),
         *("fairscale", "naive", "inplace-abn", "apex"),
     ]
     for each in known:

@@ -114,6 +114,14 @@ def test_step(tmp_path: Path) -> None:
         assert (row["peak_mb"] is None) == (result.header["device"] == "cpu")
 
 
+def test_memory(tmp_path: Path) -> None:
+    result = run(tmp_path, "memory", "--quick", "--models", "unet")
+    saved = {row["impl"]: row["saved_mb"] for row in result.rows}
+    assert set(saved) == {"local", "syncbn+fuse", "syncbn+recompute"}
+    assert saved["syncbn+recompute"] < 0.75 * saved["local"]
+    assert 0 < saved["syncbn+fuse"] < 1.05 * saved["local"]
+
+
 def test_exchange(exchange_run: Run) -> None:
     rows = exchange_run.rows
     idle = [row for row in rows if row["situation"] == "idle"]

@@ -20,6 +20,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNormFunct
 
 import syncbn
 from syncbn import Exchange, SyncBatchNorm
+from syncbn.recompute import recompute_activations
 
 Layer = Callable[[int, int], nn.Module]
 
@@ -39,6 +40,7 @@ class Implementation:
         overwrites_input: whether it needs an input of its own each time.
         layouts: which it is run on.
         missing: why it cannot run here, or None.
+        on_request: whether it is left out where nobody has named it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Implementation:
     overwrites_input: bool = False
     layouts: tuple[str, ...] = ("contiguous", "channels_last")
     missing: str | None = None
+    on_request: bool = False
 
 
 def implementations(device: torch.device, world_size: int) -> list[Implementation]:
@@ -58,7 +61,11 @@ def implementations(device: torch.device, world_size: int) -> list[Implementatio
         Implementation("syncbn", _ours, convert=_convert_to_ours),
         Implementation("syncbn+add+relu", _ours_fused, adds=True),
         Implementation("syncbn+fuse", None, convert=_convert_and_fuse),
+        Implementation("syncbn+recompute", None, convert=_Recomputing, on_request=True),
+        Implementation("syncbn+compile", None, convert=_compiled(_convert_to_ours), on_request=True),
+        Implementation("syncbn+fuse+compile", None, convert=_compiled(_convert_and_fuse), on_request=True),
         Implementation("local", _local, convert=lambda model: model),
+        Implementation("local+compile", None, convert=_compiled(lambda model: model), on_request=True),
         Implementation("local+add+relu", _followed_by_add_and_relu(_local), adds=True),
         Implementation("torch-sync", _torch_sync, convert=_convert_to_torch_sync, missing=_no_torch_sync(device)),
         Implementation(
@@ -122,6 +129,27 @@ def _convert_to_ours(model: nn.Module) -> nn.Module:
 
 def _convert_and_fuse(model: nn.Module) -> nn.Module:
     return syncbn.fuse(_convert_to_ours(model))
+
+
+def _compiled(convert: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def compiled(model: nn.Module) -> nn.Module:
+        model = convert(model)
+        model.compile(fullgraph=True)
+        return model
+
+    return compiled
+
+
+class _Recomputing(nn.Module):
+    """A converted and fused model whose layers' outputs are not kept for backward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = _convert_and_fuse(model)
+
+    def forward(self, *args: Any) -> Any:
+        with recompute_activations():
+            return self.model(*args)
 
 
 # PyTorch

@@ -107,7 +107,8 @@ def choose(device: torch.device, options: Options, part: str) -> tuple[list[Impl
     wanted = [
         each
         for each in implementations(device, dist.get_world_size())
-        if getattr(each, part) is not None and (not options.implementations or each.name in options.implementations)
+        if getattr(each, part) is not None
+        and (each.name in options.implementations if options.implementations else not each.on_request)
     ]
     return [each for each in wanted if each.missing is None], {
         each.name: each.missing for each in wanted if each.missing is not None

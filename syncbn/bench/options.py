@@ -20,13 +20,18 @@ from .errors import UserError
 MODES = {
     "layer": "forward and backward of one layer over the shapes of real networks",
     "step": "a whole DistributedDataParallel training step of torchvision models",
+    "memory": "what a model keeps for backward, with and without recomputation, and the step's time",
     "exchange": "latency of the collectives that synchronize a layer",
     "scaling": "a model of the synchronization's cost from 2 to 4096 processes, fitted to exchange",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("contiguous", "channels_last")
 MODELS = ("resnet50", "deeplabv3_resnet50", "fcos_resnet50_fpn")
+ON_REQUEST = ("conv_bn_relu",)
 QUICK_MODELS = ("resnet50", "fcos_resnet50_fpn")
+MEMORY_MODELS = ("unet", "resnet50", "deeplabv3_resnet50")
+QUICK_MEMORY_MODELS = ("unet", "resnet50")
+MEMORY_IMPLEMENTATIONS = ("local", "syncbn+fuse", "syncbn+recompute")
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -83,13 +88,16 @@ def parse(arguments: list[str]) -> Options:
         "rounds": given.rounds or _rounds(given.mode, given.quick, on_gpu),
         "warm_up": 1 if given.quick or not on_gpu else 3,
     }
-    if given.mode in ("layer", "step"):
+    if given.mode in ("layer", "step", "memory"):
         dtypes = given.dtypes or (("bfloat16", "float32") if on_gpu and not given.quick else _main_dtype(on_gpu))
         shrink = given.shrink or _shrink(given.mode, given.quick, on_gpu)
         layouts = given.layouts or (LAYOUTS if given.mode == "layer" else LAYOUTS[:1])
         chosen |= {"dtypes": dtypes, "layouts": layouts, "shrink": shrink}
     if given.mode == "step":
         chosen["models"] = given.models or (QUICK_MODELS if given.quick else MODELS)
+    if given.mode == "memory":
+        chosen["models"] = given.models or (QUICK_MEMORY_MODELS if given.quick else MEMORY_MODELS)
+        chosen["implementations"] = given.implementations or MEMORY_IMPLEMENTATIONS
     if given.mode in ("exchange", "scaling"):
         chosen["counts"] = given.counts or (2, 4, 8, 16)
     return Options(**chosen)
@@ -101,13 +109,13 @@ def _main_dtype(on_gpu: bool) -> tuple[str, ...]:
 
 def _shrink(mode: str, quick: bool, on_gpu: bool) -> int:
     if quick:
-        return {"layer": 8, "step": 16}[mode]
+        return {"layer": 8, "step": 16, "memory": 8}[mode]
     return 1 if on_gpu else 4
 
 
 def _rounds(mode: str, quick: bool, on_gpu: bool) -> int:
-    full = {"layer": 40 if on_gpu else 15, "step": 30 if on_gpu else 5, "exchange": 200}
-    few = {"layer": 7, "step": 1, "exchange": 40}
+    full = {"layer": 40 if on_gpu else 15, "step": 30 if on_gpu else 5, "memory": 15 if on_gpu else 5, "exchange": 200}
+    few = {"layer": 7, "step": 1, "memory": 1, "exchange": 40}
     measured = "exchange" if mode == "scaling" else mode
     return (few if quick else full)[measured]
 
@@ -153,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         for mode, parents in {
             "layer": [common, tensors],
             "step": [common, tensors],
+            "memory": [common, tensors],
             "exchange": [common, collectives],
             "scaling": [common, collectives],
         }.items()
@@ -161,7 +170,16 @@ def _parser() -> argparse.ArgumentParser:
     of["layer"].add_argument(
         "--networks", type=_names(NETWORKS), default=networks, metavar="A,B", help=f"of {', '.join(networks)}"
     )
-    of["step"].add_argument("--models", type=_names(MODELS), default=(), metavar="A,B", help=f"of {', '.join(MODELS)}")
+    of["step"].add_argument(
+        "--models",
+        type=_names((*MODELS, *ON_REQUEST)),
+        default=(),
+        metavar="A,B",
+        help=f"of {', '.join((*MODELS, *ON_REQUEST))}; default: all but the last",
+    )
+    of["memory"].add_argument(
+        "--models", type=_names(MEMORY_MODELS), default=(), metavar="A,B", help=f"of {', '.join(MEMORY_MODELS)}"
+    )
     _add_scaling(of["scaling"])
     return parser
 
@@ -227,8 +245,8 @@ def _require_files(given: argparse.Namespace) -> None:
         if given.plot.suffix not in PICTURES:
             raise UserError(f"--plot {given.plot}: expected a name that ends in {', '.join(PICTURES)}")
         _require_package("matplotlib", "--plot")
-    if given.mode == "step":
-        _require_package("torchvision", "step")
+    if given.mode in ("step", "memory"):
+        _require_package("torchvision", given.mode)
     if given.mode == "scaling" and given.from_ is not None and not given.from_.is_file():
         raise UserError(
             f"--from {given.from_}: no such file; make it with: python -m syncbn.bench exchange --json PATH"

@@ -32,6 +32,7 @@ COLORS = {
     "all-gather": "tab:red",
 }
 FUSED = "+add+relu"
+PEAK = "peak_mb", "of device memory beyond what was held before the step"
 
 
 def draw(report: Report, path: Path) -> None:
@@ -39,6 +40,7 @@ def draw(report: Report, path: Path) -> None:
     drawings: dict[str, Callable[[Report], Figure]] = {
         "layer": draw_layer,
         "step": draw_step,
+        "memory": draw_step,
         "exchange": draw_exchange,
         "scaling": draw_scaling,
     }
@@ -147,9 +149,10 @@ def _by_octave(rows: list[Row]) -> tuple[list[float], list[float]]:
 
 
 def draw_step(report: Report) -> Figure:
-    """A bar for every implementation: forward, backward, optimizer; peak memory beside it, where it is known."""
+    """A bar for every implementation: forward, backward, optimizer; beside it what it saves, or its peak if known."""
     header, rows = report.header, report.rows
-    with_memory = any(row["peak_mb"] is not None for row in rows)
+    memory, of_what = ("saved_mb", "kept for backward") if header["benchmark"] == "memory" else PEAK
+    with_memory = any(row[memory] is not None for row in rows)
     groups = list(dict.fromkeys((row["case"], row["layout"], row["dtype"]) for row in rows))
     figure, panels = _figure(
         6.5 * (2 if with_memory else 1) + 2,
@@ -161,8 +164,8 @@ def draw_step(report: Report) -> Figure:
     _draw_phases(panels[0][0], bars)
     if with_memory:
         for place, row in bars:
-            panels[0][1].barh(place, row["peak_mb"] or 0, color=_color(row["impl"]), height=0.8)
-        panels[0][1].set_xlabel("MB of device memory beyond what was held before the step")
+            panels[0][1].barh(place, row[memory] or 0, color=_color(row["impl"]), height=0.8)
+        panels[0][1].set_xlabel(f"MB {of_what}")
     for axes in panels[0]:
         axes.set_yticks([place for place, _ in bars], [row["impl"] for _, row in bars], fontsize=8)
         axes.set_ylim(bars[-1][0] + 0.8, -0.7)

@@ -90,15 +90,7 @@ def measure_model(
 ) -> list[Row]:
     """A row for every implementation."""
     recipe = RECIPES[name]
-    batch = max(2, recipe.batch // options.shrink**2)
-    height, width = (max(32, round(side / options.shrink / 32) * 32) for side in recipe.image)
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's, on arguments that have no effect without weights
-        plain = recipe.build((height, width))
-    plain = plain.to(clock.device).to(memory_format=memory_format)
-    images = torch.rand(batch, 3, height, width, device=clock.device).to(memory_format=memory_format)
+    plain, images = model_and_images(name, layout, clock.device, options.shrink)
     peaks: dict[str, list[float]] = {each.name: [] for each in chosen}
     turns = {}
     for each in chosen:
@@ -112,7 +104,7 @@ def measure_model(
         total = spread(times[each.name].sum(dim=1))
         rows.append(
             row(
-                case=f"{name} {batch}x3x{height}x{width}",
+                case=f"{name} {'x'.join(map(str, images.shape))}",
                 impl=each.name,
                 layout=layout,
                 dtype=dtype,
@@ -126,6 +118,20 @@ def measure_model(
             )
         )
     return rows
+
+
+def model_and_images(name: str, layout: str, device: torch.device, shrink: int) -> tuple[nn.Module, Tensor]:
+    """With random weights, and values between 0 and 1."""
+    recipe = RECIPES[name]
+    batch = max(2, recipe.batch // shrink**2)
+    height, width = (max(32, round(side / shrink / 32) * 32) for side in recipe.image)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, on arguments that have no effect without weights
+        model = recipe.build((height, width))
+    images = torch.rand(batch, 3, height, width, device=device)
+    return model.to(device).to(memory_format=memory_format), images.to(memory_format=memory_format)
 
 
 def _turn(
@@ -143,7 +149,7 @@ def _turn(
             held["before"] = torch.cuda.memory_allocated()
 
     def forward() -> None:
-        with _autocast(device, dtype):
+        with autocast(device, dtype):
             held["loss"] = loss()
 
     def backward() -> None:
@@ -157,7 +163,8 @@ def _turn(
     return Turn(prepare, (forward, backward, step))
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """How a step runs in ``dtype``: parameters are float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
@@ -185,13 +192,26 @@ def _fcos_resnet50_fpn(image: tuple[int, int]) -> nn.Module:
     )
 
 
+def _conv_bn_relu(image: tuple[int, int]) -> nn.Module:
+    """Three times what most of every network is made of, with something to be learned from at the end."""
+    blocks = [[nn.Conv2d(i, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(True)] for i in (3, 64, 64)]
+    return nn.Sequential(*(layer for block in blocks for layer in block), nn.Conv2d(64, CLASSES, 1))
+
+
+def _unet(image: tuple[int, int]) -> nn.Module:
+    from ..training.models.unet import UNet
+
+    return UNet(CLASSES, widths=(64, 128, 256, 512))
+
+
 def _classification(model: nn.Module, images: Tensor) -> Tensor:
     return F.cross_entropy(model(images).float(), torch.zeros(len(images), dtype=torch.long, device=images.device))
 
 
 def _segmentation(model: nn.Module, images: Tensor) -> Tensor:
+    scores = model(images)
     labels = torch.zeros(len(images), *images.shape[2:], dtype=torch.long, device=images.device)
-    return F.cross_entropy(model(images)["out"].float(), labels)
+    return F.cross_entropy((scores["out"] if isinstance(scores, dict) else scores).float(), labels)
 
 
 def _detection(model: nn.Module, images: Tensor) -> Tensor:
@@ -204,6 +224,8 @@ def _detection(model: nn.Module, images: Tensor) -> Tensor:
 
 RECIPES = {
     "resnet50": Recipe(32, (224, 224), _resnet50, _classification),
+    "conv_bn_relu": Recipe(8, (256, 256), _conv_bn_relu, _segmentation),
+    "unet": Recipe(4, (512, 512), _unet, _segmentation),
     "deeplabv3_resnet50": Recipe(2, (512, 1024), _deeplabv3_resnet50, _segmentation),
     "fcos_resnet50_fpn": Recipe(2, (800, 1344), _fcos_resnet50_fpn, _detection),
 }

@@ -276,16 +276,22 @@ def test_frozen_layers_exchange_nothing(processes: Any, first: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def _freeze_on_one() -> None:
-    model = syncbn.convert(build())
+def _freeze_on_one(when: str) -> None:
+    model = build()
+    if when != "before":
+        syncbn.convert(model)
     if dist.get_rank() == 1:
         syncbn.freeze(model, "0.4")
+    if when != "after":
+        syncbn.convert(model)
     model(images())
 
 
-def test_a_layer_that_is_frozen_on_one_process_only_is_named(processes: Any) -> None:
+@pytest.mark.parametrize("when", ["before", "after", "between"])
+def test_a_layer_that_is_frozen_on_one_process_only_is_named(processes: Any, when: str) -> None:
+    """Whether it was frozen before it was converted, after that, or between two of these."""
     with pytest.raises(Exception, match=r"synchronized layer 1: rank 0 has 0\.4.*rank 1 has 0\.4.*frozen"):
-        processes(2).run(_freeze_on_one)
+        processes(2).run(_freeze_on_one, when)
 
 
 # ---- what is refused

@@ -270,6 +270,22 @@ def test_a_block_inside_of_the_compiled_function() -> None:
     assert entered() == ()
 
 
+def test_a_block_around_a_graph_break() -> None:
+    layer, x = layer_of(8.0)
+
+    @torch.compile(backend="aot_eager")
+    def run(x: Tensor, mask: Tensor) -> Tensor:
+        with syncbn.valid_region(mask):
+            x = layer(x)
+            torch._dynamo.graph_break()
+            return layer(x)
+
+    for _ in range(2):
+        run(x, SECOND)
+        assert layer.running_mean.item() == 0, "its own output's"
+        assert entered() == ()
+
+
 def test_samples_without_places() -> None:
     """[N, C] takes each sample's greatest weight: a sample counts where any of its places does."""
     mask = torch.zeros(3, 1, 4, 4)
