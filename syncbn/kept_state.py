@@ -20,6 +20,19 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def generators_kept(loader: object) -> Iterator[None]:
+    """A block after which the random generators of a DataLoader and its samplers, if it has any, are as before."""
+    holders = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
+    found = {id(each): each for each in (getattr(holder, "generator", None) for holder in holders)}
+    states = [(each, each.get_state()) for each in found.values() if isinstance(each, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+@contextmanager
 def _modes_kept(model: nn.Module) -> Iterator[None]:
     # Not by train() and eval(), which some libraries override with more than a mode (merging weights, for one).
     modes = {module: module.training for module in model.modules()}

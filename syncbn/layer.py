@@ -115,7 +115,7 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         self._check_channels(input)
         if self.training:
-            return normalize_in_training(input, residual, mask, *self._in_training(input))
+            return normalize_in_training(input, residual, mask, *self._in_training())
         return sync_batch_norm(
             input,
             self.running_mean,
@@ -131,7 +131,7 @@ class SyncBatchNorm(_BatchNorm):
             negative_slope=self._fused_slope,
         )
 
-    def _in_training(self, input: Tensor) -> tuple[Layer, Running | None, Source, int]:
+    def _in_training(self) -> tuple[Layer, Running | None, Source, int]:
         """What a call in training does, what it moves, over whom, and as which of their layers."""
         layer = Layer(self.weight, self.bias, self.eps, self._fused_activation, self._fused_slope)
         running = None

@@ -150,7 +150,10 @@ def _rejoin(layer: nn.Module) -> None:
     if before.blocks > 1:
         _isolated[layer] = before._replace(blocks=before.blocks - 1)
         return
-    vars(layer).update(_isolated.pop(layer).attributes)
+    attributes = _isolated.pop(layer).attributes
+    if not isinstance(layer, SyncBatchNorm):  # reverted inside of the block
+        attributes.pop("_exchange", None)
+    vars(layer).update(attributes)
 
 
 def _refuse(*_: Any) -> None:

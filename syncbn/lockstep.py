@@ -178,7 +178,7 @@ class Lockstep:
     def _own_length(self) -> int:
         try:
             return len(self.loader)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
+        except Exception:  # streams have no length; whatever else is wrong must not keep the others waiting
             return -1
 
     # ---- the loader

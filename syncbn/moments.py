@@ -55,30 +55,34 @@ def mean_and_variance(message: Tensor, world_size: int) -> tuple[Tensor, Tensor,
         message: [2C+3] float64, summed over ``world_size`` processes.
 
     Returns:
-        mean [C], biased variance [C] (at least 0) and count [], float64. NaN where there is no value at all, or
-        where the processes met in different layers.
+        mean [C], biased variance [C] (at least 0) and count [], float64. NaN where the processes met in different
+        layers. Where there is no value at all, 0 and 1: not NaN, which would reach all gradients, even times 0.
     """
     C = (message.numel() - TAGS - 1) // 2
     count = message[2 * C].clone()  # a view would keep the message, and torch.compile does not save views
-    count_or_nan = _nan_unless_tags_agree(message, world_size, count)
-    mean_C, mean_of_squares_C = message[:C] / count_or_nan, message[C : 2 * C] / count_or_nan
+    divisor = _divisor(message, world_size, count)
+    mean_C, mean_of_squares_C = message[:C] / divisor, message[C : 2 * C] / divisor
     var_C = (mean_of_squares_C - mean_C.square()).clamp(min=0)
-    return mean_C, var_C, count
+    return mean_C, torch.where(divisor == torch.inf, 1.0, var_C), count
 
 
 def gradient_means(message: Tensor, count: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
     """Σdy/N [C] and Σ(dy·x̂)/N [C], float64, from the summed backward message [2C+2]; NaN where the tags differ."""
     C = (message.numel() - TAGS) // 2
-    means = message[: 2 * C] / _nan_unless_tags_agree(message, world_size, count)
+    means = message[: 2 * C] / _divisor(message, world_size, count)
     return means[:C], means[C:]
 
 
-def _nan_unless_tags_agree(message: Tensor, world_size: int, value: Tensor) -> Tensor:
-    """``value``, or NaN where the summed tags show that not all processes sent the same one. All on the device."""
+def _divisor(message: Tensor, world_size: int, count: Tensor) -> Tensor:
+    """What to divide sums by: the count, or infinity where it is 0. All on the device.
+
+    NaN where the summed tags show that not all processes sent the same one.
+    """
+    count = count.masked_fill(count == 0, torch.inf)
     if world_size == 1:
-        return value
+        return count
     sum_of_tags, sum_of_squares = message[-2], message[-1]
-    return torch.where(world_size * sum_of_squares == sum_of_tags.square(), value, torch.nan)
+    return torch.where(world_size * sum_of_squares == sum_of_tags.square(), count, torch.nan)
 
 
 def update_running_statistics(mean_C: Tensor, var_C: Tensor, count: Tensor, running: Running) -> None:
@@ -86,7 +90,8 @@ def update_running_statistics(mean_C: Tensor, var_C: Tensor, count: Tensor, runn
 
     r ← (1−f)·r + f·s, with f = momentum, or 1/num_batches_tracked where momentum is None (the plain average of all
     batches so far). Not as a lerp: f = 1 must give s itself. The variance is the unbiased one, N/max(N−1, 1) times the
-    batch's. A batch in which any channel is not finite, in the buffers' dtype, changes nothing.
+    batch's. A batch in which any channel is not finite, in the buffers' dtype, changes nothing; nor does one without any
+    value.
 
     Args:
         mean_C: [C] float64. The same for ``var_C``, the biased variance.
@@ -97,12 +102,12 @@ def update_running_statistics(mean_C: Tensor, var_C: Tensor, count: Tensor, runn
     batch_2C = torch.stack([mean_C, var_C * (count / (count - 1).clamp(min=1))])
     running_2C = torch.stack([running_mean, running_var])
     # Zero times the sum is zero, unless there is an infinity or a NaN among the values.
-    finite = batch_2C.to(running_2C.dtype).sum(dtype=torch.float64) * 0 == 0
+    moves = (batch_2C.to(running_2C.dtype).sum(dtype=torch.float64) * 0 == 0) & (count > 0)
     if num_batches_tracked is not None:
-        num_batches_tracked += finite
+        num_batches_tracked += moves
     factor = momentum if momentum is not None else _one_by(num_batches_tracked)
     moved_2C = running_2C.double() * (1 - factor) + batch_2C * factor
-    moved_2C = torch.where(finite, moved_2C.to(running_2C.dtype), running_2C)
+    moved_2C = torch.where(moves, moved_2C.to(running_2C.dtype), running_2C)
     running_mean.copy_(moved_2C[0])
     running_var.copy_(moved_2C[1])
 

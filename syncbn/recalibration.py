@@ -21,10 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from .calls import enter_only, entered
 from .exchange import Exchange
 from .freezing import is_held
 from .functional import sync_batch_norm
-from .kept_state import state_kept
+from .kept_state import generators_kept, state_kept
 from .layer import SyncBatchNorm, describe_layer
 from .local import WITH_NOBODY
 from .moments import Running
@@ -83,6 +84,10 @@ def recalibrate(
         # Sums must not become inference tensors in a trainer's inference mode, nor enter anybody's graph.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(generators_kept(batches))
+        # The blocks that this stands in, such as that of a step that stands in for one, are about other batches.
+        stack.callback(enter_only, entered())
+        enter_only(())
         population = _Population(_layers(model, include, exclude), process_group)
         _run(model, population, population.evened(batches), forward or feed, progress and population.is_first)
         population.set_running_statistics()

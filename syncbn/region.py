@@ -25,8 +25,7 @@ class valid_region(Surrounding):  # noqa: N801, used like a function
 
     Args:
         mask: [N, 1, places...], [N, places...] or, for whole samples, [N], bool or weights of at least 0; N may be 1.
-            False: nothing counts, in inputs of any shape (at least one process must have something that counts). None
-            or True: everything counts.
+            False: nothing counts, in inputs of any shape. None or True: everything counts.
         strict: whether to raise at a layer whose input is not one of this batch, such as the regions of a detector's
             box head. If not, all of such an input counts.
 

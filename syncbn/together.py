@@ -120,7 +120,7 @@ def _normalize(pairs: Sequence[tuple[Any, Tensor]]) -> Sequence[Tensor]:
     for layer, x in pairs:
         layer._check_input_dim(x)
         layer._check_channels(x)
-        calls.append(begin(x, None, None, *layer._in_training(x)))
+        calls.append(begin(x, None, None, *layer._in_training()))
     each = [operands(call) for call in calls]
     return _NormalizeTogether.apply(tuple(frame for *_, frame in each), *_flat([tensors for *tensors, _ in each]))
 

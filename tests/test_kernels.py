@@ -300,6 +300,34 @@ def test_a_mask_without_weight_is_an_empty_batch(interpreters: Any, backend: str
     assert run_on(backend, run_weightless, interpreters) == [0] * 7 + [5, 25]
 
 
+@BACKENDS
+def test_a_union_of_nothing(interpreters: Any, backend: str) -> None:
+    """Mean 0 and variance 1 stand in: NaN would reach everybody's gradients, even through a loss times 0."""
+    x, y, dx, gradients, running = run_on(backend, run_union_of_nothing, interpreters)
+    assert_close(y, 2 * x / (1 + 1e-5) ** 0.5 + 1, 1e-6)
+    assert_close(dx, 2 * torch.ones_like(x) / (1 + 1e-5) ** 0.5, 1e-6)
+    assert all(each.isfinite().all() for each in gradients)
+    assert running == ([0.5] * 3, [2.0] * 3, 3)
+
+
+def run_union_of_nothing(backend: Backend, device: torch.device) -> Any:
+    x = randn((2, 3, 40, 40), torch.float32).to(device)
+    mask = torch.zeros(2, 1, 40, 40, dtype=torch.bool, device=device)
+    mean, var, tracked = (torch.full((3,), v, device=device) for v in (0.5, 2.0, 3.0))
+    tracked = tracked[0].long()
+    layer = Layer(torch.full((3,), 2.0, device=device), torch.ones(3, device=device), world_size=2)
+    message, scratch = backend.moments(x, mask, 5)
+    y, stats = backend.normalize(x, None, 2 * message, layer, Running(mean, var, tracked, 0.1), scratch)
+    dy = torch.ones_like(x)
+    message, *gradients, scratch = backend.grad_moments(dy, x, None, stats, layer, 6)
+    dx, _ = backend.grad_input(dy, x, None, mask, stats, layer, 2 * message, False, scratch)
+    return (
+        *(each.double().cpu() for each in (x, y, dx)),
+        [each.cpu() for each in gradients],
+        (mean.tolist(), var.tolist(), tracked.item()),
+    )
+
+
 def run_weightless(backend: Backend, device: torch.device) -> list[float]:
     x = torch.randn(2, 3, 40, 40, device=device)
     message, _ = backend.moments(x, torch.zeros(2, 1, 40, 40, dtype=torch.bool, device=device), 5)

@@ -215,3 +215,25 @@ def test_mistakes_are_told(tmp_path: Any) -> None:
 
     with pytest.raises(MisconfigurationException, match="needs one loader of batches, but the Trainer has a dict of"):
         trainer(tmp_path, [RecalibrationCallback()]).fit(Several(), {"a": data(), "b": data()}, data())
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_training_goes_on_in_the_order_that_it_would_have_had(tmp_path: Any, own_generator: bool) -> None:
+    class Noting(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+
+        def training_step(self, batch: Any) -> Tensor:
+            self.seen.append(batch[0])
+            return super().training_step(batch)
+
+    def order(callbacks: list[Any]) -> Tensor:
+        torch.manual_seed(0)
+        module = Noting()
+        generator = torch.Generator().manual_seed(0) if own_generator else None
+        loader = data(shuffle=True, generator=generator)
+        trainer(tmp_path, callbacks, max_epochs=3).fit(module, loader, data())
+        return torch.cat(module.seen)
+
+    assert torch.equal(order([RecalibrationCallback(when="validation")]), order([]))

@@ -174,6 +174,38 @@ def test_unsynchronized_layers_leave_out_the_batch_of_the_process_that_has_it(pr
     assert "bn1 (1)" in said[0]
 
 
+def _in_the_middle_of_a_stand_in_s_step(rank: int) -> list[float]:
+    """In each step of a loop in which the second process soon runs out; over the same data each time."""
+    layer, means = syncbn.SyncBatchNorm(1), []
+    own = [torch.tensor([[0.0 + rank], [2.0 + rank]])]
+    for x in syncbn.even_batches([torch.randn(2, 1)] * (3 - 2 * rank), empty="dummy"):
+        layer(x)
+        syncbn.recalibrate(layer, own, progress=False)
+        means.append(layer.running_mean.item())
+    return means
+
+
+def test_the_step_of_a_stand_in_does_not_leave_out_other_data(processes: Any) -> None:
+    means = processes(2).run(_in_the_middle_of_a_stand_in_s_step, per_rank=[(0,), (1,)])
+    assert means == [[1.5] * 3, [1.5] * 3]
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_a_shuffling_loader_goes_on_as_it_would_have(own_generator: bool) -> None:
+    def orders(recalibrated: bool) -> list[list[float]]:
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0) if own_generator else None
+        loader = DataLoader(torch.arange(12.0).view(12, 1), 4, shuffle=True, generator=generator)
+        layer, seen = syncbn.SyncBatchNorm(1), []
+        for _ in range(3):
+            seen += [x.flatten().tolist() for x in loader]
+            if recalibrated:
+                syncbn.recalibrate(layer, loader, progress=False)
+        return seen
+
+    assert orders(recalibrated=True) == orders(recalibrated=False)
+
+
 def _different_models() -> None:
     net = syncbn.convert(Net())
     if dist.get_rank() == 1:

@@ -698,3 +698,20 @@ def test_the_documented_code_runs(processes: Any, tmp_path: Any) -> None:
 
 def test_every_trainer_has_the_callback() -> None:
     assert any(isinstance(callback, EvenBatchesCallback) for callback in guards())
+
+
+def _one_group_runs_out(count: int) -> list[bool]:
+    """Layers of this process alone, which soon has only a dummy, of which nothing counts."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 16, 1))
+    model = DistributedDataParallel(syncbn.convert(model, group_size=1))
+    batches = syncbn.even_batches([torch.randn(2, 1, 6, 6)] * count, empty="dummy")
+    finite = []
+    for x in batches:
+        model.zero_grad()
+        batches.weigh(model(x).square().mean()).backward()
+        finite.append(all(bool(p.grad.isfinite().all()) for p in model.parameters()))
+    return finite
+
+
+def test_a_group_of_layers_that_is_wholly_out_of_data(processes: Any) -> None:
+    assert processes(2).run(_one_group_runs_out, per_rank=[(3,), (1,)]) == [[True] * 3] * 2

@@ -81,8 +81,12 @@ def _tile(
 
 @triton.jit
 def _count(message_ptr, n, tags, world_size):
-    """n, or NaN where the summed tags (at ``tags``) show that the processes met in different layers."""
+    """What to divide sums by: n, or infinity where it is 0; NaN where the processes met in different layers.
+
+    That is what the summed tags (at ``tags``) say.
+    """
     tag, squares = tl.load(message_ptr + tags), tl.load(message_ptr + tags + 1)
+    n = tl.where(n == 0, float("inf"), n)
     return tl.where((world_size * squares == tag * tag) | (world_size == 1), n, float("nan"))
 
 
@@ -90,6 +94,7 @@ def _count(message_ptr, n, tags, world_size):
 def _mean_and_variance(message_ptr, count, c, C, inside):
     mean = tl.load(message_ptr + c, mask=inside, other=0.0) / count
     var = tl.load(message_ptr + C + c, mask=inside, other=0.0) / count - mean * mean
+    var = tl.where(count == float("inf"), 1.0, var)
     return mean, tl.where(var < 0, 0.0, var)  # a comparison, which keeps NaN
 
 
@@ -317,7 +322,7 @@ def _keep_statistics(
             finite = _is_finite(_rounded(mean, running_mean_ptr.dtype.element_ty))
             finite &= _is_finite(_rounded(var * unbiased, running_var_ptr.dtype.element_ty))
             broken |= tl.where((c < C) & (finite == 0), 1, 0)
-        moving = tl.where(tl.max(broken, 0) == 0, C, 0)
+        moving = tl.where((tl.max(broken, 0) == 0) & (n > 0), C, 0)
         if tracked_ptr is not None:  # noqa: SIM102
             if tl.program_id(0) == 0:  # a branch of the program, where the one before is the compiler's
                 tracked = tl.load(tracked_ptr) + tl.where(moving > 0, 1, 0)

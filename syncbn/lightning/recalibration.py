@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..kept_state import generators_kept
 from ..recalibration import Forward, feed, recalibrate
 from ..selection import Selection, batch_norms
 from ..uneven import EvenBatches
@@ -92,15 +93,17 @@ class RecalibrationCallback(Callback):
             return
         model = trainer.strategy.model
         assert model is not None
-        recalibrate(
-            model,
-            _on_device(trainer, islice(self._loader(trainer), _limit(self.limit, trainer))),
-            forward=self._forward_of(trainer),
-            include=self.include,
-            exclude=[*_several(self.exclude), *self._names_in_eval(model)],
-            process_group=self.process_group,
-            progress=trainer.progress_bar_callback is not None if self.progress is None else self.progress,
-        )
+        loader = self._loader(trainer)
+        with generators_kept(loader):  # training goes on in the order that it would have had
+            recalibrate(
+                model,
+                _on_device(trainer, loader, _limit(self.limit, trainer)),
+                forward=self._forward_of(trainer),
+                include=self.include,
+                exclude=[*_several(self.exclude), *self._names_in_eval(model)],
+                process_group=self.process_group,
+                progress=trainer.progress_bar_callback is not None if self.progress is None else self.progress,
+            )
 
     def _names_in_eval(self, model: nn.Module) -> list[str]:
         return [each.name for each in batch_norms(model) if each.layer in (self._in_eval or ())]
@@ -141,8 +144,8 @@ def _limit(limit: int | None, trainer: Trainer) -> int | None:
     return min(map(int, limits), default=None)
 
 
-def _on_device(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
+def _on_device(trainer: Trainer, loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
+    for batch in islice(loader, limit):  # not before the first is asked for: it begins with a random number
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 

@@ -158,6 +158,23 @@ def test_a_process_of_which_nothing_counts(processes: Any) -> None:
             assert_close(mine, theirs.double(), 1e-9)
 
 
+def test_a_union_of_nothing_does_not_reach_other_gradients(processes: Any) -> None:
+    """Even times 0, NaN would be NaN in everybody's gradients."""
+    dummy = torch.full((1, 3, 8, 8), 1e3, dtype=torch.float64)
+    for buffers, loss, gradient in processes(2).run(_skip_everywhere, per_rank=[(dummy,), (dummy,)]):
+        assert loss.isfinite()
+        assert not gradient.any()
+        assert [b.tolist() for b in buffers] == [[0.0] * 3, [1.0] * 3, 0.0]
+
+
+def _skip_everywhere(x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    layer = syncbn.SyncBatchNorm(3).double()
+    with syncbn.valid_region(False):
+        loss = 0 * layer(x).sum()
+    loss.backward()
+    return list(layer.buffers()), loss.detach(), layer.weight.grad
+
+
 # ---- the block itself
 
 
