@@ -90,8 +90,8 @@ def update_running_statistics(mean_C: Tensor, var_C: Tensor, count: Tensor, runn
 
     r ← (1−f)·r + f·s, with f = momentum, or 1/num_batches_tracked where momentum is None (the plain average of all
     batches so far). Not as a lerp: f = 1 must give s itself. The variance is the unbiased one, N/max(N−1, 1) times the
-    batch's. A batch in which any channel is not finite, in the buffers' dtype, changes nothing; nor does one without any
-    value.
+    batch's. A batch in which any channel is not finite, in the buffers' dtype, changes nothing; nor does one
+    without any value.
 
     Args:
         mean_C: [C] float64. The same for ``var_C``, the biased variance.

@@ -53,8 +53,8 @@ def even_batches(
             tensors, every process of the program must call this at the same time, each with its own group.
         empty: what a process without data gets. None: a batch of the same structure with no samples in it. "dummy":
             one sample that it has had before, for models that refuse a batch without any; inside of the loop's body it
-            counts in no synchronized layer's statistics, and ``weigh`` gives it no weight. Or a function that makes it from one of
-            the loader's batches.
+            counts in no synchronized layer's statistics, and ``weigh`` gives it no weight. Or a function that makes it
+            from one of the loader's batches.
         size: how many samples one of the loader's batches has, where that cannot be told.
         layout: "stacked" if tensors have the samples in dimension 0, "listed" if lists have one element for each sample
             (``[sample, ...]`` or ``(images, targets)``). None: told by the first batch, which raises if in doubt.
