@@ -153,7 +153,19 @@ def operands(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor |
         _require_more_than_one_value(call.x)
     weight, bias, *numbers, _ = call.layer
     numbers.append(peers.world_size)
-    return call.x, call.residual, weight, bias, call.mask, Frame(numbers, call.running, call.backend, peers)
+    x, residual, weight, bias, mask = distinct([call.x, call.residual, weight, bias, call.mask])
+    assert x is not None
+    return x, residual, weight, bias, mask, Frame(numbers, call.running, call.backend, peers)
+
+
+def distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Views in place of what comes again: torch.compile takes no tensor twice as an argument of one function."""
+    if not torch.compiler.is_dynamo_compiling():
+        return tensors
+    return [
+        each.view_as(each) if each is not None and any(each is before for before in tensors[:place]) else each
+        for place, each in enumerate(tensors)
+    ]
 
 
 class Frame(NamedTuple):

@@ -24,7 +24,7 @@ class valid_region(Surrounding):  # noqa: N801, used like a function
     ``syncbn.checkpoint_contexts`` brings the block back.
 
     Args:
-        mask: [N, 1, places...], [N, places...] or, for whole samples, [N], bool or weights of at least 0; N may be 1.
+        mask: [N, 1, places...], [N, places...] or, for whole samples, [N], bool or weights of at least 0.
             False: nothing counts, in inputs of any shape. None or True: everything counts.
         strict: whether to raise at a layer whose input is not one of this batch, such as the regions of a detector's
             box head. If not, all of such an input counts.
@@ -72,7 +72,8 @@ def padding_mask(sizes: Tensor | Sequence[int | Sequence[int]], padded: int | Se
     """
     sizes_ND = torch.as_tensor(sizes)
     padded = (padded,) if isinstance(padded, int) else tuple(padded)
-    sizes_ND = sizes_ND.unsqueeze(1) if sizes_ND.dim() == 1 else sizes_ND
+    if sizes_ND.dim() == 1:  # lengths; or a list of no samples, which says nothing of dimensions
+        sizes_ND = sizes_ND.view(0, len(padded)) if len(sizes_ND) == 0 else sizes_ND.unsqueeze(1)
     if sizes_ND.dim() != 2 or sizes_ND.shape[1] != len(padded):
         raise ValueError(
             f"expected sizes of {len(padded)} numbers for each sample, as many as the padded size {padded} has, got "
@@ -110,7 +111,7 @@ def mask_for(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_of_batch(mask: Tensor, x: Tensor) -> bool:
-    if mask.dim() == 0 or mask.shape[0] not in (1, x.shape[0]):
+    if mask.dim() == 0 or mask.shape[0] != x.shape[0]:
         return False
     if mask.dim() == 1 or x.dim() == 2:
         return True

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .functional import Frame, Saved, begin, begin_backward, begin_forward, differentiable, moments_again, operands
+from .functional import (
+    Frame,
+    Saved,
+    begin,
+    begin_backward,
+    begin_forward,
+    differentiable,
+    distinct,
+    moments_again,
+    operands,
+)
 from .layer import SyncBatchNorm
 from .peers import Peers
 
@@ -46,6 +56,8 @@ def normalize_together(layers: Iterable[nn.Module], inputs: Iterable[Tensor]) ->
     layers, inputs = list(layers), _as_list(inputs)
     if len(layers) != len(inputs):
         raise ValueError(f"expected one input for each layer, got {len(layers)} layers and {len(inputs)} inputs")
+    if torch.compiler.is_exporting():  # each layer says what can be exported, see ``exported``
+        return [layer(x) for layer, x in zip(layers, inputs, strict=True)]
     together = [i for i, layer in enumerate(layers) if _goes_together(layer, i)]
     ys: list[Any] = [None if i in together else layer(inputs[i]) for i, layer in enumerate(layers)]
     for i, y in zip(together, _normalize([(layers[i], inputs[i]) for i in together]), strict=True):
@@ -122,7 +134,9 @@ def _normalize(pairs: Sequence[tuple[Any, Tensor]]) -> Sequence[Tensor]:
         layer._check_channels(x)
         calls.append(begin(x, None, None, *layer._in_training()))
     each = [operands(call) for call in calls]
-    return _NormalizeTogether.apply(tuple(frame for *_, frame in each), *_flat([tensors for *tensors, _ in each]))
+    return _NormalizeTogether.apply(
+        tuple(frame for *_, frame in each), *distinct(_flat([tensors for *tensors, _ in each]))
+    )
 
 
 _TENSORS = 5  # of one call: x, residual, γ, β and the mask

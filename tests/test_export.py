@@ -431,3 +431,43 @@ def test_the_documentation_s_code_runs(tmp_path: Path, monkeypatch: pytest.Monke
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     assert torch.equal(loaded(x), names["model"](x))
     assert (tmp_path / "model.onnx").exists()
+
+
+# ---- layers that are normalized together
+
+
+class Levels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norms = syncbn.BatchNormList(nn.BatchNorm2d(4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        high, low = self.norms([self.conv(x), self.conv(x[..., ::2, ::2])])
+        return high.sum() + low.square().sum()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_layers_that_are_normalized_together_train_as_exported(strict: bool) -> None:
+    torch.manual_seed(0)
+    model, x = syncbn.convert(Levels()), torch.randn(2, 3, 12, 12)
+    program = torch.export.export(model, (x,), strict=strict)
+    exported = program.module()
+    exported(x).backward()
+    gradients = {name: p.grad for name, p in exported.named_parameters()}
+    model(x).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def _export_levels() -> str:
+    model, x = syncbn.convert(Levels()), torch.randn(2, 3, 12, 12)
+    try:
+        torch.export.export(model, (x,), strict=False)
+    except RuntimeError as error:
+        return str(error)
+    return "exported"
+
+
+def test_layers_of_several_processes_are_not_exported_in_training(processes: Any) -> None:
+    assert all("torch.export keeps no process group" in error for error in processes(2).run(_export_levels))

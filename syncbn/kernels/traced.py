@@ -143,8 +143,14 @@ def _of_channels(values_C: Tensor, x: Tensor) -> Tensor:
     return values_C.view(1, -1, *[1] * (x.dim() - 2))
 
 
+_ROW = 1024  # values that are added up in x's dtype: Inductor adds one after another, others pairwise
+
+
 def _sum(x: Tensor) -> Tensor:
     """Over all but the channels: over a row in x's dtype, over the rows in float64. [C] float64."""
+    if x.dim() > 2 and x.shape[-1] > _ROW:
+        whole = x.shape[-1] // _ROW * _ROW
+        return _sum(x[..., :whole].unflatten(-1, (-1, _ROW))) + _sum(x[..., whole:])
     rows = x.sum(-1) if x.dim() > 2 else x
     return rows.sum([0, *range(2, rows.dim())], dtype=torch.float64)
 

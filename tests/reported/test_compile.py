@@ -66,7 +66,7 @@ def steps(model: nn.Module, run: Callable[[Tensor], Tensor], batches: list[Tenso
 
 def build(which: str, fused: bool) -> nn.Module:
     torch.manual_seed(0)
-    model = syncbn.convert({"convolutional": convolutional, "block": Block}[which]().double())
+    model = syncbn.convert({"convolutional": convolutional, "block": Block, "twice": Twice}[which]().double())
     return syncbn.fuse(model) if fused else model
 
 
@@ -98,6 +98,38 @@ def test_with_inductor(processes: Any) -> None:
     for compiled, eager, _ in processes(2).run(_compiled_and_eager, "block", True, "inductor", per_rank=inputs):
         for a, b in zip(compiled, eager, strict=True):
             assert_close(a, b, 1e-9)
+
+
+class Twice(nn.Module):
+    """One layer on two inputs, its input added to its output, and a tensor that is scale and shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+        self.tied = nn.BatchNorm2d(3)
+        self.tied.bias = self.tied.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = syncbn.normalize_together([self.bn, self.bn], [x, x])
+        return self.relu(self.bn(first) + first) + self.tied(second)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["converted", "fused"])
+def test_a_tensor_that_a_layer_has_twice(processes: Any, fused: bool) -> None:
+    inputs = [(sizes(2, 5),), (sizes(3, 4),)]
+    for compiled, eager, _ in processes(2).run(_compiled_and_eager, "twice", fused, "aot_eager", per_rank=inputs):
+        for a, b in zip(compiled, eager, strict=True):
+            assert_close(a, b, 1e-9)
+
+
+def test_long_rows_with_inductor() -> None:
+    """Inductor adds the values of a row one after another in float32."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 1 << 17) + 1e5
+    layer = syncbn.SyncBatchNorm(3, momentum=1.0)
+    y = torch.compile(layer, fullgraph=True)(x)
+    judge = nn.BatchNorm1d(3, momentum=1.0).double()
+    assert_close(y.detach().double(), judge(x.double()).detach(), 1e-5)
 
 
 # ---- what a graph exchanges

@@ -253,6 +253,21 @@ def test_inputs_of_another_batch_raise_or_count_in_full() -> None:
         assert layer.running_mean.item() == 0
 
 
+def test_the_regions_of_a_single_image_are_no_batch_of_images() -> None:
+    """One image on a process is what all this is for: its mask must not be taken for that of 7 regions."""
+    layer, _ = layer_of(8.0)
+    mask = syncbn.padding_mask([(2, 4)], (4, 4))
+    with syncbn.valid_region(mask), pytest.raises(ValueError, match=r"strict=False"):
+        layer(torch.randn(7, 1, 3, 3))
+
+
+@pytest.mark.parametrize("padded", [6, (6, 4)], ids=str)
+def test_no_sizes_make_an_empty_mask(padded: Any) -> None:
+    expected = (0, 1, 6) if padded == 6 else (0, 1, 6, 4)
+    assert syncbn.padding_mask([], padded).shape == expected
+    assert syncbn.padding_mask(torch.zeros(0, 2 if padded != 6 else 1), padded).shape == expected
+
+
 @pytest.mark.parametrize(
     ("mask", "error"),
     [
