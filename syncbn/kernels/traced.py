@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..moments import Running, Statistics, gradient_means, settle
 from . import reference
-from .activation import activate, activation_gradient
+from .activation import activate
 from .operands import Layer
 from .precision import as_gradient, computing_dtype, in_two_parts
+from .reference import grad_sum, numbers, of_channels
 
 
 def moments(x: Tensor, mask: Tensor | None, tag: int) -> tuple[Tensor, None]:
@@ -30,11 +31,11 @@ def moments(x: Tensor, mask: Tensor | None, tag: int) -> tuple[Tensor, None]:
     if mask is not None or x.numel() == 0:
         return reference.moments(x, mask, tag)
     pivot_C = _mean_of_some(x)
-    z = x.to(pivot_C.dtype) - _of_channels(pivot_C, x)
+    z = x.to(pivot_C.dtype) - of_channels(pivot_C, x)
     sum_z, sum_zz, pivot_C = _sum(z), _sum(z * z), pivot_C.double()
     n = x.numel() // x.shape[1]
     sum_x = sum_z + n * pivot_C
-    return torch.cat([sum_x, sum_zz + pivot_C * (sum_z + sum_x), _numbers(x, n, tag, tag**2)]), None
+    return torch.cat([sum_x, sum_zz + pivot_C * (sum_z + sum_x), numbers(x, n, tag, tag**2)]), None
 
 
 def normalize(
@@ -59,7 +60,7 @@ def grad_moments(
     (hi,) = _written_down(hi)
     dbias = _sum(dz)
     dweight = (_sum(dz * _minus(x, hi)) - lo * dbias) * stats.rstd_C
-    message = torch.cat([dbias, dweight, _numbers(x, tag, tag**2)])
+    message = torch.cat([dbias, dweight, numbers(x, tag, tag**2)])
     return message, as_gradient(dweight, layer.weight), as_gradient(dbias, layer.bias), None
 
 
@@ -83,7 +84,7 @@ def grad_input(
     b = a * stats.rstd_C * mean_dz_xhat
     c = a * mean_dz - lo * b
     hi, a, b, c = _written_down(hi, a, b, c)
-    a, b, c = (_of_channels(each, x) for each in (a, b, c))
+    a, b, c = (of_channels(each, x) for each in (a, b, c))
     dz = _grad_sum(dy, x, kept, stats, layer)
     # x comes first because the result takes its first operand's memory format.
     common = _minus(x, hi) * b + c
@@ -97,7 +98,7 @@ def _affine(x: Tensor, stats: Statistics, layer: Layer) -> Tensor:
     scale = _scale(stats, layer)
     shift = -lo * scale if layer.bias is None else layer.bias - lo * scale
     hi, scale, shift = _written_down(hi, scale, shift)
-    return _minus(x, hi) * _of_channels(scale, x) + _of_channels(shift, x)
+    return _minus(x, hi) * of_channels(scale, x) + of_channels(shift, x)
 
 
 def _scale(stats: Statistics, layer: Layer) -> Tensor:
@@ -106,15 +107,7 @@ def _scale(stats: Statistics, layer: Layer) -> Tensor:
 
 def _grad_sum(dy: Tensor, x: Tensor, kept: Tensor | None, stats: Statistics, layer: Layer) -> Tensor:
     """dz, the gradient of z = BN(x) + residual, in the computing dtype."""
-    dy = dy.to(computing_dtype(x))
-    if layer.activation is None:
-        return dy
-    if layer.activation == "silu":
-        z = _affine(x, stats, layer)
-        z = z if kept is None else z + kept
-    else:
-        z = _affine(x, stats, layer) if kept is None else kept
-    return activation_gradient(dy, z, layer.activation, layer.negative_slope)
+    return grad_sum(dy.to(computing_dtype(x)), kept, layer, lambda: _affine(x, stats, layer))
 
 
 def _mean_of_some(x: Tensor) -> Tensor:
@@ -136,11 +129,7 @@ def _written_down(hi: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def _minus(x: Tensor, hi_C: Tensor) -> Tensor:
-    return x.to(hi_C.dtype) - _of_channels(hi_C, x)
-
-
-def _of_channels(values_C: Tensor, x: Tensor) -> Tensor:
-    return values_C.view(1, -1, *[1] * (x.dim() - 2))
+    return x.to(hi_C.dtype) - of_channels(hi_C, x)
 
 
 _ROW = 1024  # values that are added up in x's dtype: Inductor adds one after another, others pairwise
@@ -153,8 +142,3 @@ def _sum(x: Tensor) -> Tensor:
         return _sum(x[..., :whole].unflatten(-1, (-1, _ROW))) + _sum(x[..., whole:])
     rows = x.sum(-1) if x.dim() > 2 else x
     return rows.sum([0, *range(2, rows.dim())], dtype=torch.float64)
-
-
-def _numbers(x: Tensor, *values: int) -> Tensor:
-    """Host numbers as float64 on x's device, filled there rather than copied."""
-    return torch.cat([torch.full((1,), value, dtype=torch.float64, device=x.device) for value in values])
