@@ -66,7 +66,7 @@ def sync_batch_norm(
         ValueError: in training, there is one process and it has one value per channel, or ε is not positive, or the
             mask does not fit; or there is no such activation.
         RuntimeError: the exchange cannot be set up; see ``Exchange.connect``.
-        TypeError: in training, x is not floating.
+        TypeError: in training, x is not floating, or the mask is complex.
     """
     require_activation(activation, negative_slope)
     if not training:
@@ -285,10 +285,17 @@ def moved_by(
     return Running(mean, var, num_batches_tracked, momentum)
 
 
-def _of_one_channel(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask expanded to [N, 1, ...], which is x's shape with one channel."""
+def require_weights(mask: Tensor) -> None:
+    """Raises TypeError or ValueError unless the mask can weight places."""
+    if mask.is_complex():
+        raise TypeError(f"expected a mask of bool or real weights, got {mask.dtype}")
     if mask.requires_grad:
         raise ValueError("the mask takes no gradient, but requires one: pass mask.detach()")
+
+
+def _of_one_channel(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask expanded to [N, 1, ...], which is x's shape with one channel."""
+    require_weights(mask)
     try:
         return mask.expand(x.shape[0], 1, *x.shape[2:])
     except RuntimeError:

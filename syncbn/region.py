@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Surrounding, entered
+from .functional import require_weights
 
 
 class valid_region(Surrounding):  # noqa: N801, used like a function
@@ -39,7 +40,7 @@ class valid_region(Surrounding):  # noqa: N801, used like a function
         if not isinstance(mask, (Tensor, bool)) and mask is not None:
             raise TypeError(f"expected mask to be a tensor, a bool or None, got {type(mask).__name__}")
         if isinstance(mask, Tensor):
-            _require_weights(mask)
+            require_weights(mask)
         self._mask = None if mask is True else mask
         self._strict = strict
 
@@ -124,10 +125,3 @@ def _nearest(mask: Tensor, dim: int, length: int) -> Tensor:
         return mask
     places = torch.arange(length, device=mask.device) * mask.shape[dim] // max(length, 1)
     return mask.index_select(dim, places)
-
-
-def _require_weights(mask: Tensor) -> None:
-    if mask.is_complex():
-        raise TypeError(f"expected a mask of bool or real weights, got {mask.dtype}")
-    if mask.requires_grad:
-        raise ValueError("the mask takes no gradient, but requires one: pass mask.detach()")

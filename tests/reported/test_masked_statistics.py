@@ -280,6 +280,9 @@ def test_no_sizes_make_an_empty_mask(padded: Any) -> None:
 def test_a_mask_that_is_none(mask: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"mask"):
         syncbn.valid_region(mask)
+    if isinstance(mask, Tensor):
+        with pytest.raises(error, match=r"mask"):
+            syncbn.SyncBatchNorm(3)(torch.randn(2, 3, 4, 4), None, mask.unsqueeze(1))
 
 
 def test_sizes_of_another_number_of_dimensions() -> None:
