@@ -192,6 +192,7 @@ from pathlib import Path
 import torch
 
 sys.modules["syncbn"] = None  # whatever imports it raises ImportError
+torch.set_num_threads(int(sys.argv[2]))  # a convolution's bits depend on it
 for file in Path(sys.argv[1]).glob("*.pt2"):
     x, expected = torch.load(file.with_suffix(".pt"))
     program = torch.export.load(file)
@@ -208,7 +209,7 @@ def test_programs_run_where_there_is_no_syncbn(tmp_path: Path) -> None:
         torch.export.save(export(model, case), tmp_path / f"{name}.pt2")
         torch.save((other, model(other).detach()), tmp_path / f"{name}.pt")
         assert example.shape != other.shape
-    command = [sys.executable, "-c", LOADED_ELSEWHERE, str(tmp_path)]
+    command = [sys.executable, "-c", LOADED_ELSEWHERE, str(tmp_path), str(torch.get_num_threads())]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert sorted(run.stdout.splitlines()) == sorted(f"{name} is equal" for name in SMALL)
