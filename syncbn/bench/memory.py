@@ -7,16 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import processes, report, step
+from . import step
 from .implementations import Implementation
-from .layer import choose, require_known
 from .options import DTYPES, Options
 from .report import Column, Report, Row, Table
 from .timing import Clock
@@ -37,37 +34,7 @@ KEYS = ("case", "layout", "dtype", "impl", "saved_mb", "fwd_ms", "bwd_ms", "tota
 
 def run(options: Options) -> Report | None:
     """Measures, prints the table; the report on rank 0, None elsewhere."""
-    require_known(options)
-    header = report.header("memory", options.command)
-    if processes.is_first():
-        report.show_header(header)
-    result: Report | None = processes.run(measure, options.processes, options.device, options)
-    if result is not None:
-        result.header = header | result.header
-    return result
-
-
-def measure(device: torch.device, options: Options) -> Report:
-    """On every process."""
-    first = dist.get_rank() == 0
-    clock = Clock(device)
-    chosen, missing = choose(device, options, "convert")
-    header = report.world(device) | {"shrink": options.shrink, "rounds": options.rounds, "missing": missing}
-    if first:
-        report.show_world(header)
-        print(f"Images 1/{options.shrink} of their size, {options.rounds} rounds, medians. total: with the optimizer.")
-        print("saved: what the forward has made and is still there after it.")
-        print("peak: device memory beyond what was held before the step; not known on a CPU.\n")
-        TABLE.head()
-    rows = []
-    for model in options.models:
-        for dtype in options.dtypes:
-            for layout in options.layouts:
-                measured = measure_model(model, layout, dtype, chosen, clock, options)
-                for each in measured if first else []:
-                    TABLE.line(*(each[key] for key in KEYS))
-                rows += measured
-    return Report(header, rows)
+    return step.run(options, MEMORY)
 
 
 def measure_model(
@@ -82,6 +49,17 @@ def measure_model(
         with step.autocast(clock.device, DTYPES[dtype]):
             row["saved_mb"] = saved_bytes(loss) / 1e6
     return rows
+
+
+MEMORY = step.Kind(
+    TABLE,
+    KEYS,
+    (
+        "saved: what the forward has made and is still there after it.",
+        "peak: device memory beyond what was held before the step; not known on a CPU.",
+    ),
+    measure_model,
+)
 
 
 def saved_bytes(forward: Callable[[], Any]) -> int:

@@ -47,19 +47,28 @@ class Recipe(NamedTuple):
     loss: Callable[[nn.Module, Tensor], Tensor]
 
 
-def run(options: Options) -> Report | None:
+class Kind(NamedTuple):
+    """What a mode that measures training steps measures and shows of each."""
+
+    table: Table
+    keys: tuple[str, ...]  # of a row, one for each column
+    notes: tuple[str, ...]  # above the table
+    measure_model: Callable[[str, str, str, list[Implementation], Clock, Options], list[Row]]
+
+
+def run(options: Options, kind: Kind | None = None) -> Report | None:
     """Measures, prints the table; the report on rank 0, None elsewhere."""
     require_known(options)
-    header = report.header("step", options.command)
+    header = report.header(options.mode, options.command)
     if processes.is_first():
         report.show_header(header)
-    result: Report | None = processes.run(measure, options.processes, options.device, options)
+    result: Report | None = processes.run(measure, options.processes, options.device, options, kind or STEP)
     if result is not None:
         result.header = header | result.header
     return result
 
 
-def measure(device: torch.device, options: Options) -> Report:
+def measure(device: torch.device, options: Options, kind: Kind) -> Report:
     """On every process."""
     first = dist.get_rank() == 0
     clock = Clock(device)
@@ -70,17 +79,15 @@ def measure(device: torch.device, options: Options) -> Report:
         for name, why in missing.items():
             print(f"not run: {name}: {why}")
         print(f"Images 1/{options.shrink} of their size, {options.rounds} rounds, medians. total: with the optimizer.")
-        print("peak: device memory beyond what was held before the step, above all activations; not known on a CPU.\n")
-        TABLE.head()
+        print("\n".join(kind.notes) + "\n")
+        kind.table.head()
     rows = []
     for model in options.models:
         for dtype in options.dtypes:
             for layout in options.layouts:
-                measured = measure_model(model, layout, dtype, chosen, clock, options)
-                if first:
-                    for each in measured:
-                        keys = ("case", "layout", "dtype", "impl", "fwd_ms", "bwd_ms", "total_ms", "peak_mb")
-                        TABLE.line(*(each[key] for key in keys))
+                measured = kind.measure_model(model, layout, dtype, chosen, clock, options)
+                for each in measured if first else []:
+                    kind.table.line(*(each[key] for key in kind.keys))
                 rows += measured
     return Report(header, rows)
 
@@ -118,6 +125,14 @@ def measure_model(
             )
         )
     return rows
+
+
+STEP = Kind(
+    TABLE,
+    ("case", "layout", "dtype", "impl", "fwd_ms", "bwd_ms", "total_ms", "peak_mb"),
+    ("peak: device memory beyond what was held before the step, above all activations; not known on a CPU.",),
+    measure_model,
+)
 
 
 def model_and_images(name: str, layout: str, device: torch.device, shrink: int) -> tuple[nn.Module, Tensor]:
