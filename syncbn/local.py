@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .exchange import Exchange
 from .layer import SyncBatchNorm
+from .peers import Alone
 from .recipes import anchor_of, is_exported, is_scripted
 from .selection import Found, batch_norms
 
@@ -66,24 +67,8 @@ class local:  # noqa: N801, used like a function
             _rejoin(layer)
 
 
-class WithNobody(NamedTuple):
-    """This process, and another one without data, whom nothing is asked: so that one value per channel is legal."""
-
-    world_size: int = 2
-    forward_tag: int = 0
-    backward_tag: int = 0
-
-    def sum_moments(self, message: Tensor) -> Tensor:
-        return message
-
-    def sum_grad_moments(self, message: Tensor) -> Tensor:
-        return message
-
-    def peers(self, index: int, x: Tensor) -> WithNobody:
-        return self
-
-
-WITH_NOBODY = WithNobody()
+# This process, and another one without data, whom nothing is asked: so that one value per channel is legal.
+WITH_NOBODY = Alone(world_size=2)
 
 
 class _LocalExchange(Exchange):
@@ -94,7 +79,7 @@ class _LocalExchange(Exchange):
         self._instead_of = instead_of
         self._layers = instead_of._layers
 
-    def peers(self, index: int, x: Tensor) -> WithNobody:
+    def peers(self, index: int, x: Tensor) -> Alone:
         return WITH_NOBODY
 
     @property
