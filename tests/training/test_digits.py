@@ -6,7 +6,8 @@ import torch
 from torchvision.ops import masks_to_boxes
 
 from syncbn.training.data import DigitScenes, DigitScenesDataModule
-from syncbn.training.data.digits import collate_scenes, load_scans
+from syncbn.training.data.batches import AnyBatches
+from syncbn.training.data.digits import load_scans
 
 SCENES = 24
 
@@ -112,7 +113,7 @@ def test_an_index_outside_is_refused():
 
 def test_batches_stack_images_and_list_instances():
     dataset = DigitScenes("train", 3)
-    batch = collate_scenes([dataset[i] for i in range(3)])
+    batch = AnyBatches()([dataset[i] for i in range(3)])
     assert batch["image"].shape == (3, 3, 96, 96)
     assert batch["semantic"].shape == (3, 96, 96)
     assert batch["index"].tolist() == [0, 1, 2]
@@ -123,8 +124,8 @@ def test_the_data_module_shuffles_only_training_and_keeps_splits_apart():
     data = DigitScenesDataModule(train_size=10, val_size=5, batch_size=4)
     assert [len(batch["image"]) for batch in data.train_dataloader()] == [4, 4]  # no odd batch
     assert torch.cat([batch["index"] for batch in data.val_dataloader()]).tolist() == [0, 1, 2, 3, 4]
-    assert data.train_scenes.split == "train"
-    assert data.val_scenes.split == "val"
+    assert data.train_set.dataset.split == "train"
+    assert data.val_set.dataset.split == "val"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ctrl-C, and a scheduler's SIGTERM, end a run between two steps and leave a checkpoint to continue from."""
+"""Ctrl-C, a scheduler's SIGTERM and broken data end a run between two steps and leave a checkpoint to continue from."""
 
 import signal
 import threading
@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from syncbn.training.callbacks.console import say
+from syncbn.training.errors import UserError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # torchrun passes Ctrl-C on to processes that already had it from the terminal: only a later one is a second
@@ -30,6 +31,12 @@ class GracefulStop(Callback):
     one step later, when it has long arrived, so neither the device nor the communication of training waits
     for it.
 
+    The data module can ask as well, on any process, with a reason as its `stop_reason`. Then the run ends with a
+    `UserError` that tells all processes' reasons.
+
+    The run ends where the checkpoint is exact: after an optimizer step, so not within an accumulation of gradients,
+    and not between a step and the validation that is due after it, but in that validation, which then starts over.
+
     Args:
         path: checkpoint file to write.
     """
@@ -37,6 +44,7 @@ class GracefulStop(Callback):
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._requested_at: float | None = None
+        self._reason: str | None = None
         self._agreed = False
         self._group: Any = None  # a gloo ProcessGroup, if there are other processes
         self._vote: tuple[torch.Tensor, dist.Work] | None = None
@@ -44,6 +52,7 @@ class GracefulStop(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._requested_at = None
+        self._reason = None
         self._vote = None
         self._agreed = False
         if trainer.world_size > 1:
@@ -56,15 +65,14 @@ class GracefulStop(Callback):
             self._previous_handlers = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._agreed = self._agreed or self._count_votes()
-        # After the last step of an epoch Lightning would resume with the next epoch, and skip validation.
-        if self._agreed and not trainer.is_last_batch:
+        self._agreed = self._agreed or self._count_votes(trainer)
+        if self._agreed and not _within_accumulation(trainer) and not _before_validation_or_epoch_end(trainer):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._agreed = self._agreed or self._count_votes()
-            if self._agreed:
+            self._agreed = self._agreed or self._count_votes(trainer)
+            if self._agreed and not _within_accumulation(trainer):
                 _rewind_validation(trainer)
                 self._stop(trainer)
 
@@ -83,13 +91,17 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
 
     def _stop(self, trainer: Trainer) -> None:
+        reasons = self._all_reasons()
         trainer.save_checkpoint(self.path)
         say(trainer, f"interrupted after step {trainer.global_step}: saved {self.path}")
+        if reasons:
+            raise UserError("; ".join(reasons))
         raise KeyboardInterrupt
 
-    def _count_votes(self) -> bool:
+    def _count_votes(self, trainer: Trainer) -> bool:
         """Whether any process was asked to stop before its last step but one."""
-        requested = self._requested_at is not None
+        self._reason = self._reason or getattr(trainer.datamodule, "stop_reason", None)  # type: ignore[attr-defined]
+        requested = self._requested_at is not None or self._reason is not None
         if self._group is None:
             return requested
         last_vote = self._vote
@@ -100,6 +112,26 @@ class GracefulStop(Callback):
             return False
         last_vote[1].wait()
         return bool(last_vote[0].item())
+
+    def _all_reasons(self) -> list[str]:
+        """The processes' reasons, each once. To be called by all of them after the same step."""
+        reasons: list[str | None] = [self._reason]
+        if self._group is not None:
+            reasons *= dist.get_world_size(self._group)
+            dist.all_gather_object(reasons, self._reason, group=self._group)
+        return list(dict.fromkeys(reason for reason in reasons if reason is not None))
+
+
+def _within_accumulation(trainer: Trainer) -> bool:
+    """Whether there are gradients that no optimizer step has used: a checkpoint does not keep them."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def _before_validation_or_epoch_end(trainer: Trainer) -> bool:
+    """Whether a run resumed from here would leave out the validation, or the end of the epoch, that comes next."""
+    loop = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    return trainer.is_last_batch or (fetcher is not None and loop._should_check_val_fx(fetcher))
 
 
 def _rewind_validation(trainer: Trainer) -> None:

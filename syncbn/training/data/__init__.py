@@ -1,6 +1,6 @@
 """Data sets and LightningDataModules."""
 
-from syncbn.training.data.datamodule import DigitScenesDataModule
+from syncbn.training.data.datamodule import DataModule, DigitScenesDataModule
 from syncbn.training.data.digits import DigitScenes
 
-__all__ = ["DigitScenes", "DigitScenesDataModule"]
+__all__ = ["DataModule", "DigitScenes", "DigitScenesDataModule"]

@@ -1,34 +1,226 @@
-"""The digit scenes as a LightningDataModule."""
+"""Datasets as LightningDataModules: what is checked before training, how items are ordered and batched."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
-from syncbn.training.data.digits import CLASS_NAMES, DigitScenes, collate_scenes
+from syncbn.training.data.batches import Batch, Item, make_collate
+from syncbn.training.data.digits import DigitScenes
+from syncbn.training.data.faults import ITEM, Fault, count, describe, survey
+from syncbn.training.data.items import BROKEN, Items
+from syncbn.training.data.order import EpochOrder, ResumableLoader
+from syncbn.training.errors import UserError
+
+_WARNINGS = 10  # of single items; their count is told at the end
+_CHECKS = ("headers", "full", "none")
+_FAULTS = ("raise", "skip")
+_LEFT_OUT = "left_out.txt"
 
 
-class DigitScenesDataModule(LightningDataModule):
-    """Training and validation scenes; see `DigitScenes` for what an item holds.
+class DataModule(LightningDataModule):
+    """Training and validation data, checked before the first step.
 
-    The loaders carry no sampler of their own: over several processes Lightning adds a DistributedSampler,
-    which shuffles in training. Scenes are synthesized on demand (about 2 ms each), so nothing has to be
-    shared or cached.
+    Before training each process looks through its share of the items, and all learn what was found: a file that is
+    missing or broken ends the run on all processes with one message, or is left out on all of them. A file that
+    only turns out broken when it is decoded is replaced by another item; the run then goes on, or ends on all
+    processes after the same step with a checkpoint saved.
+
+    The order of an epoch is a function of (seed, epoch) and an item's augmentation of (seed, epoch, item), whatever
+    the number of workers, so that a run resumes where it was.
+
+    Args:
+        train, val: datasets; see `syncbn.training.data.faults` for what they offer.
+        batch_size: items per process and step.
+        num_workers: loader processes per training process; 0 reads items in the training process itself.
+        pin_memory: page-locked batches, for GPUs.
+        train_transforms, val_transforms: from item to item; None makes images float and changes nothing else.
+        seed: of order and augmentation.
+        faults: "raise" ends the run for a broken item, "skip" goes on without it and says so.
+        check: how items are looked through before training: "headers" opens files without decoding images, "full"
+            decodes them, "none" leaves it out.
+        collate: "segmentation", "detection", "auto" (segmentation if the items have `semantic`), or a function.
+        pad_to: for segmentation, batches' height and width become multiples of this.
+        val_batch_size: items per process and validation step; None as in training.
+
+    Raises:
+        ValueError: an argument is outside its range, or the datasets differ in their classes.
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        val: Any,
+        batch_size: int = 2,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        train_transforms: Callable[[Any], Any] | None = None,
+        val_transforms: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        faults: str = "raise",
+        check: str = "headers",
+        collate: str | Callable[[Sequence[Item]], Batch] = "auto",
+        pad_to: int = 1,
+        val_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        _require_integer("batch_size", batch_size, at_least=1)
+        _require_integer("num_workers", num_workers, at_least=0)
+        _require_integer("seed", seed, at_least=0)
+        _require_integer("pad_to", pad_to, at_least=1)
+        if val_batch_size is not None:
+            _require_integer("val_batch_size", val_batch_size, at_least=1)
+        _require_choice("faults", faults, _FAULTS)
+        _require_choice("check", check, _CHECKS)
+        if tuple(train.class_names) != tuple(val.class_names):
+            raise ValueError(
+                f"train and val must have the same classes, got {_few(train.class_names)} and {_few(val.class_names)}"
+            )
+        self.class_names: tuple[str, ...] = tuple(train.class_names)
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.seed = seed
+        self.faults = faults
+        self.check = check
+        self.train_set = Items(train, train_transforms, seed)
+        self.val_set = Items(val, val_transforms, seed)
+        self._collate = make_collate(collate, pad_to)
+        self._surveyed: set[int] = set()
+        self._broken: list[Fault] = []  # found by this process while reading
+        self._train_loader: ResumableLoader | None = None
+        self._place: dict[str, int] | None = None  # where a resumed run's epoch was left
+        for dataset in (train, val):
+            if faults == "skip" and hasattr(dataset, "bad_objects"):
+                dataset.bad_objects = "skip"
+
+    def setup(self, stage: str) -> None:
+        """Looks through the items, once; on all processes together.
+
+        Raises:
+            UserError: with faults="raise", an item is broken; with "skip", none is left.
+        """
+        if self.check == "none":
+            return
+        sets = (
+            {"training": self.train_set, "validation": self.val_set} if stage == "fit" else {"validation": self.val_set}
+        )
+        for name, items in sets.items():
+            if id(items) not in self._surveyed:
+                self._survey(name, items)
+                self._surveyed.add(id(items))
+
+    def train_dataloader(self) -> ResumableLoader:
+        loader = self._loader(self.train_set, self.batch_size, training=True)
+        if self._place is not None:
+            loader.load_state_dict(self._place)
+            self._place = None
+        self._train_loader = loader
+        return loader
+
+    # Lightning keeps the loader's state as well, but does not restore it to a loader that is made early, such as for
+    # the number of steps that a schedule asks for.
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._train_loader is None else {"place": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._place = state_dict.get("place")
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self._loader(self.val_set, self.val_batch_size, training=False)
+
+    # In the training process, whoever made the batch: workers' findings travel with it.
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        for fault in batch.pop(BROKEN, []) if isinstance(batch, dict) else []:
+            if fault not in self._broken:
+                self._broken.append(fault)
+                if self.faults == "skip" and len(self._broken) <= _WARNINGS:
+                    warnings.warn(f"{fault}; replaced by another item", stacklevel=2)
+        return batch
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why training should stop on all processes; `GracefulStop` asks after each step."""
+        return _in_a_line(self._broken) if self._broken and self.faults == "raise" else None
+
+    def teardown(self, stage: str) -> None:
+        """Tells what was found while reading, all processes' together.
+
+        Raises:
+            UserError: with faults="raise", an item turned out broken and nothing has stopped the run.
+        """
+        broken = sorted({fault for share in _all_gather(self._broken) for fault in share})
+        self._broken = []
+        if not broken:
+            return
+        if self.faults == "raise":
+            raise UserError(_in_a_line(broken))
+        if _rank() == 0:
+            warnings.warn(f"replaced by others while reading: {count(broken)}", stacklevel=2)
+
+    def _survey(self, name: str, items: Items) -> None:
+        dataset = items.dataset
+        share = survey(dataset, range(_rank(), len(dataset), _world_size()), decode=self.check == "full")
+        found = sorted(fault for share in _all_gather(share) for fault in share)
+        if not found:
+            return
+        told = f"{name} data: {_in_a_line(found)}"
+        if self.faults == "raise":
+            raise UserError(f"{told}; data.faults=skip goes on without them")
+        items.leave_out({fault.index for fault in found if fault.kind == ITEM})
+        if not len(items):
+            raise UserError(f"{told}; nothing is left")
+        if _rank() == 0:
+            self._list_left_out(name, found)
+            warnings.warn(f"{told}; left out", stacklevel=2)
+
+    def _list_left_out(self, name: str, found: Sequence[Fault]) -> None:
+        if self.trainer is None:
+            return
+        path = Path(self.trainer.default_root_dir, _LEFT_OUT)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(f"{name}\t{fault.kind}\t{fault.file}\t{fault.why}\n" for fault in found)
+
+    def _loader(self, items: Items, batch_size: int, training: bool) -> ResumableLoader:
+        world_size, rank = _world_size(), _rank()
+        if self.trainer is not None and self.trainer.distributed_sampler_kwargs is not None:
+            # A strategy may count several processes as one where data is concerned.
+            world_size = self.trainer.distributed_sampler_kwargs["num_replicas"]
+            rank = self.trainer.distributed_sampler_kwargs["rank"]
+        # In training nothing is shown twice; a validation metric must see all, and leaves out what is repeated.
+        drop_last = training and len(items) >= world_size
+        order = EpochOrder(items, world_size, rank, shuffle=training, seed=self.seed, drop_last=drop_last)
+        return ResumableLoader(
+            items,
+            batch_size=batch_size,
+            sampler=order,
+            # An incomplete last batch would be the one batch with other statistics.
+            drop_last=training and len(order) >= batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+            collate_fn=_Collate(self._collate),
+        )
+
+
+class DigitScenesDataModule(DataModule):
+    """Scenes of handwritten digits, synthesized on demand (about 2 ms each); see `DigitScenes` for what an item holds.
 
     Args:
         train_size, val_size: scenes per training epoch and for validation, over all processes.
-        batch_size: scenes per process and step.
-        num_workers: loader processes per training process; 0 synthesizes scenes in the training process
-        itself.
-        pin_memory: page-locked batches, for GPUs.
-        seed, image_size, digits, digit_size: as in `DigitScenes`.
+        image_size, digits, digit_size: as in `DigitScenes`.
+        seed: of the scenes, their order and their augmentation.
+        collate: "segmentation" stacks images, "detection" lists them with their targets.
+        batch_size, num_workers, pin_memory, train_transforms, val_transforms, val_batch_size: as in `DataModule`.
 
     Raises:
         ValueError: an argument is outside its range.
     """
-
-    class_names = CLASS_NAMES
 
     def __init__(
         self,
@@ -41,46 +233,78 @@ class DigitScenesDataModule(LightningDataModule):
         image_size: int = 96,
         digits: Sequence[int] = (2, 6),
         digit_size: Sequence[int] = (28, 44),
+        collate: str | Callable[[Sequence[Item]], Batch] = "segmentation",
+        train_transforms: Callable[[Any], Any] | None = None,
+        val_transforms: Callable[[Any], Any] | None = None,
+        val_batch_size: int | None = None,
     ) -> None:
-        super().__init__()
         _require_integer("train_size", train_size, at_least=1)
         _require_integer("val_size", val_size, at_least=1)
-        _require_integer("batch_size", batch_size, at_least=1)
-        _require_integer("num_workers", num_workers, at_least=0)
         _require_integer("seed", seed, at_least=0)
         _require_integer("image_size", image_size, at_least=64)
         _require_range("digits", digits)
         _require_range("digit_size", digit_size)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
         scene: dict[str, Any] = {
             "seed": seed,
             "image_size": image_size,
             "digits": tuple(digits),
             "digit_size": tuple(digit_size),
         }
-        self.train_scenes = DigitScenes("train", train_size, **scene)
-        self.val_scenes = DigitScenes("val", val_size, **scene)
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        # An incomplete last batch would be the one batch with other statistics.
-        return self._loader(self.train_scenes, shuffle=True, drop_last=len(self.train_scenes) >= self.batch_size)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self.val_scenes, shuffle=False, drop_last=False)
-
-    def _loader(self, scenes: DigitScenes, shuffle: bool, drop_last: bool) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
-            scenes,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.pin_memory,
-            collate_fn=collate_scenes,
+        super().__init__(
+            DigitScenes("train", train_size, **scene),
+            DigitScenes("val", val_size, **scene),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            train_transforms=train_transforms,
+            val_transforms=val_transforms,
+            seed=seed,
+            check="none",
+            collate=collate,
+            val_batch_size=val_batch_size,
         )
+
+
+class _Collate:
+    """Batches, with what broke on the way."""
+
+    def __init__(self, collate: Callable[[Sequence[Item]], Batch]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Item]) -> Batch:
+        broken = [fault for item in items for fault in item.pop(BROKEN, [])]
+        batch = self.collate(items)
+        return batch | {BROKEN: broken} if broken else batch
+
+
+def _in_a_line(faults: Sequence[Fault]) -> str:
+    first, *others = describe(faults).splitlines()
+    return f"{first} {'; '.join(line.strip() for line in others)}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(map(str, names[:3]))}{', ...' * (len(names) > 3)})"
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _all_gather(value: Any) -> list[Any]:
+    if _world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * _world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _require_integer(name: str, value: Any, at_least: int) -> None:

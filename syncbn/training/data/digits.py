@@ -91,6 +91,7 @@ class DigitScenes(Dataset[dict[str, Any]]):
         if digits[1] > most:
             raise ValueError(f"digits: at most {most} fit into a scene of {image_size} pixels, got {list(digits)}")
         self.split = split
+        self.class_names = CLASS_NAMES
         self.size = size
         self.seed = seed
         self.image_size = image_size
@@ -117,6 +118,14 @@ class DigitScenes(Dataset[dict[str, Any]]):
             "masks": masks,
             "index": index,
         }
+
+    def name(self, index: int) -> str:
+        """What stands in for a file's name."""
+        return f"{self.split} scene {index} of seed {self.seed}"
+
+    def check(self, index: int) -> str | None:
+        """Why an item cannot be used: never, since there are no files."""
+        return None
 
     def _compose(self, rng: np.random.Generator) -> tuple[FloatArray, ByteArray, NDArray[np.int64]]:
         """Returns image [H, W, 3], instance numbers [H, W] (0 = none, i + 1 = label i) and labels [n]."""
@@ -266,12 +275,3 @@ def _boxes(masks: Tensor) -> Tensor:
     x1, y1 = columns.argmax(1), rows.argmax(1)
     x2, y2 = width - columns.flip(1).argmax(1), height - rows.flip(1).argmax(1)
     return torch.stack([x1, y1, x2, y2], 1).float()
-
-
-def collate_scenes(scenes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks `image` [B, 3, H, W], `semantic` [B, H, W] and `index` [B]; the rest become lists."""
-    batch: dict[str, Any] = {key: [scene[key] for scene in scenes] for key in scenes[0]}
-    batch["image"] = torch.stack(batch["image"])
-    batch["semantic"] = torch.stack(batch["semantic"])
-    batch["index"] = torch.tensor(batch["index"])
-    return batch
