@@ -3,8 +3,9 @@
 import functools
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import syncbn
+from syncbn.training.checkpoints import read_checkpoint
 from syncbn.training.environment import World, run_stamp
 from syncbn.training.errors import UserError, did_you_mean, one_line
 
@@ -34,13 +36,19 @@ def config_dir() -> Path:
 
 def register_resolvers() -> None:
     """What the configuration asks of the environment, as `${syncbn.devices:}` and so on."""
-    resolvers = {
+    resolvers: dict[str, Callable[..., Any]] = {
         "syncbn.devices": lambda: World.from_environment().local_size,
         "syncbn.nodes": lambda: World.from_environment().num_nodes,
         "syncbn.stamp": run_stamp,
+        "syncbn.count": count,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def count(items: Sequence[Any] | None) -> int | None:
+    """How many there are, or None where that is not known yet: `${syncbn.count:${class_names}}`."""
+    return None if items is None else len(items)
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
@@ -90,7 +98,9 @@ def check(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir: {run_dir} is a file; give the name of a folder")
-    find_checkpoint(cfg)
+    checkpoint = find_checkpoint(cfg)
+    if checkpoint is not None:
+        read_checkpoint(checkpoint, device="meta")
 
 
 def find_checkpoint(cfg: DictConfig) -> Path | None:

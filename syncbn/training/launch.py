@@ -69,8 +69,17 @@ def process_count(cfg: DictConfig) -> int:
     return devices
 
 
-def run(processes: int, arguments: list[str]) -> int:
-    """Runs torchrun in this process until all training processes have ended; returns the exit status."""
+def stay_on_this_machine() -> None:
+    """All processes are on this machine: their sockets need not be reachable from another one."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    # Processes that each start a thread per core would fight over the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def run(processes: int, arguments: list[str], module: str = "syncbn.training.train") -> int:
+    """Runs torchrun in this process until all processes of `module` have ended; returns the exit status."""
     rendezvous.register()
     # Its log repeats, at length, what the processes themselves have said. Theirs is not affected.
     logging.disable(logging.CRITICAL)
@@ -80,7 +89,7 @@ def run(processes: int, arguments: list[str]) -> int:
             f"--rdzv-backend={rendezvous.BACKEND}",
             f"--rdzv-id={uuid.uuid4()}",
             "-m",
-            "syncbn.training.train",
+            module,
             *arguments,
         ]
     )

@@ -8,12 +8,14 @@ from `conf/`.
 
 import logging
 import os
+import pickle
+import re
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 
+from syncbn.training.checkpoints import refusal
 from syncbn.training.config import (
     CONFIG_NAME,
     LAST_CHECKPOINT,
@@ -40,6 +42,7 @@ from syncbn.training.config import (
 )
 from syncbn.training.environment import rank_of_this_process
 from syncbn.training.errors import UserError, fail, one_line
+from syncbn.training.models.weights import skip_weights
 
 _FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
 _INTERRUPTED_STATUS = 130  # what a shell reports after Ctrl-C
@@ -54,6 +57,7 @@ _NOISE = (
     ".*DistributedSampler.*",  # its repetitions are taken out of the metrics
     ".*could not find the monitored key.*",  # a run that ends before its first validation
     ".*LeafSpec.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",  # a checkpoint that is only evaluated
     ".*number of training batches.*is smaller than the logging interval.*",
 )
 
@@ -118,7 +122,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, task, trainer = build(cfg)
     if trainer.is_global_zero:
-        introduce(cfg, task, trainer)
+        introduce(cfg, trainer)
         OmegaConf.save(cfg, Path(cfg.run_dir) / "config.yaml", resolve=True)
     fit(trainer, task, data, cfg)
     return evaluate_best(trainer, task, data, cfg)
@@ -126,29 +130,66 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def build(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule, Trainer]:
     """Data, task (with its model) and trainer (with callbacks, loggers and plugins)."""
-    data = _build("data", cfg.data)
-    task = _build("task", cfg.task)
+    data = build_from("data", cfg.data)
+    name_classes(cfg, data)
+    # A checkpoint brings all weights.
+    with skip_weights() if cfg.ckpt_path else nullcontext():
+        task = build_from("task", cfg.task)
+    if cfg.monitor is None:
+        cfg.monitor = getattr(task, "best_metric", None)
     # An explicit trainer.logger=false switches all of them off.
     chosen = {} if cfg.trainer.logger is False else cfg.logger or {}
-    loggers = [_build(f"logger.{name}", node) for name, node in chosen.items() if node]
-    callbacks = [_build(f"callbacks.{name}", node) for name, node in (cfg.callbacks or {}).items() if node]
+    loggers = [build_from(f"logger.{name}", node) for name, node in chosen.items() if node]
+    callbacks = [build_from(f"callbacks.{name}", node) for name, node in (cfg.callbacks or {}).items() if node]
     if not loggers:  # Lightning refuses it then
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    # Control characters belong on a terminal; in a file the epoch lines tell the same.
     bar = cfg.trainer.enable_progress_bar
-    trainer = _build(
+    bar = sys.stdout.isatty() or sys.stderr.isatty() if bar is None else bool(bar)
+    if not bar:  # Lightning refuses a bar that is not enabled
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    trainer = build_from(
         "trainer",
         cfg.trainer,
         callbacks=callbacks,
         logger=loggers or False,
-        # Control characters belong on a terminal; in a file the epoch lines tell the same.
-        enable_progress_bar=sys.stderr.isatty() if bar is None else bar,
-        # Our own introduction says as much in a line.
+        enable_progress_bar=bar,
+        # The callback Summary says more.
         enable_model_summary=bool(cfg.trainer.enable_model_summary),
     )
     return data, task, trainer
 
 
-def _build(key: str, node: DictConfig, **extra: Any) -> Any:
+def name_classes(cfg: DictConfig, data: LightningDataModule) -> None:
+    """Fills in the class names that the configuration leaves to the data.
+
+    Raises:
+        UserError: the data has another number of classes than are named, or names none where they are asked for.
+    """
+    known = getattr(data, "class_names", None)
+    if cfg.class_names is None and known is not None:
+        cfg.class_names = [str(name) for name in known]
+    if cfg.class_names is None:
+        parts = [OmegaConf.to_yaml(part, resolve=False) for part in (cfg.model, cfg.task)]
+        if any(re.search(r"\$\{(class_names|num_classes)\}", part) for part in parts):
+            raise UserError("class_names: the data names no classes; give a list, the background first")
+    elif known is not None and len(known) != len(cfg.class_names):
+        raise UserError(
+            f"class_names: the data has {len(known)} classes ({_few(known)}), "
+            f"but {len(cfg.class_names)} are named ({_few(cfg.class_names)})"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*map(str, names[:3]), *(["..."] if len(names) > 3 else [])])
+
+
+def build_from(key: str, node: DictConfig, **extra: Any) -> Any:
+    """What the configuration under a key describes.
+
+    Raises:
+        UserError: it cannot be built; says the key and why.
+    """
     try:
         return instantiate(node, **extra)
     except InstantiationException as error:
@@ -161,9 +202,11 @@ def _build(key: str, node: DictConfig, **extra: Any) -> Any:
 def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, cfg: DictConfig) -> None:
     """Trains; an interruption ends the process with status 130."""
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=False)
+        trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except pickle.UnpicklingError as error:  # the file has changed since it was checked
+        raise UserError(f"ckpt_path: {_shown(cfg.ckpt_path)} is not loaded: {refusal(error)}") from error
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
             raise
@@ -188,7 +231,7 @@ def evaluate_best(
     metrics: list[Any] = []
     if trainer.limit_val_batches:
         metrics = list(
-            trainer.validate(task, datamodule=data, ckpt_path=best or None, verbose=False, weights_only=False)
+            trainer.validate(task, datamodule=data, ckpt_path=best or None, verbose=False, weights_only=True)
         )
     if trainer.is_global_zero:
         print(f"run folder: {_shown(cfg.run_dir)}", flush=True)
@@ -197,16 +240,10 @@ def evaluate_best(
     return dict(metrics[0]) if metrics else {}
 
 
-def introduce(cfg: DictConfig, task: LightningModule, trainer: Trainer) -> None:
-    """Says in a few lines what is about to run, and where from."""
-    parameters = sum(p.numel() for p in task.parameters())
-    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.modules())
+def introduce(cfg: DictConfig, trainer: Trainer) -> None:
+    """Says in a few lines what is about to run; the callback Summary follows when all of it is known."""
     processes = f"{trainer.world_size} process" + ("es" if trainer.world_size > 1 else "")
-    device = trainer.strategy.root_device.type
-    how = HydraConfig.get().runtime.choices.get("norm", "?") if HydraConfig.initialized() else "?"
-    print(f"{cfg.name}: {processes} on {device}, {parameters / 1e6:.2f} M parameters")
-    over = "".join(f" {key}={value}" for key, value in (cfg.get("norm") or {}).items() if value is not None)
-    print(f"normalization: {norms} layers, norm={how}{over}")
+    print(f"{cfg.name}: {processes} on {trainer.strategy.root_device.type}")
     print(f"run folder: {_shown(cfg.run_dir)}")
     if cfg.ckpt_path:
         print(f"continuing from: {_shown(cfg.ckpt_path)}")

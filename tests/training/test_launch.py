@@ -1,11 +1,16 @@
 """The whole job, started as a user starts it: launch/train.sh with two processes, and what it leaves."""
 
 import csv
+import fcntl
+import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -47,7 +52,7 @@ def run_dir(tiny_run):
 
 
 def load(path):
-    return torch.load(path, weights_only=False, map_location="cpu")
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def test_the_run_folder_holds_what_was_promised(run_dir):
@@ -225,6 +230,91 @@ def test_a_mistake_ends_with_one_line(tmp_path, overrides, message):
     assert job.process.returncode == 2
     assert job.error_output == message
     assert job.output == ""
+
+
+def test_a_checkpoint_that_brings_code_is_refused_and_the_code_not_run(run_dir, tmp_path):
+    """Beside the configuration of a real run, and within a real checkpoint."""
+    checkpoint = load(run_dir / CHECKPOINT)
+    checkpoint["callbacks"]["mine"] = RunsACommand(f"touch {tmp_path / 'touched'}")
+    evil = tmp_path / "evil.ckpt"
+    torch.save(checkpoint, evil)
+    for command in ([str(TRAIN_SH), *TINY], [*ONE_PROCESS, *TINY]):
+        job = run_job([*command, f"ckpt_path={evil}"], tmp_path)
+        assert job.process.returncode == 2
+        assert job.error_output == (
+            f"error: ckpt_path: {evil} is not loaded: it names {os.name}.system, "
+            "and a file that brings its own code could do anything\n"
+        )
+    assert not (tmp_path / "touched").exists()
+    torch.load(evil, weights_only=False)  # which would have run it
+    assert (tmp_path / "touched").exists()
+
+
+class RunsACommand:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_summary_comes_first(tiny_run):
+    job, _ = tiny_run
+    told = [line.split(maxsplit=1) for line in job.lines if line.startswith("  ")]
+    told = {name: value.strip() for name, value in told}
+    assert told["model"] == "UNet, 1811 parameters"
+    assert "6 of 6 layers synchronized over all 2 processes: 4 images in each" in job.output
+    assert told["images"] == "16 for training, 5 for validation"
+    assert "global batch      4 images (2 per process x 2 processes)" in job.output
+    # 2 images of 96x96 and of 48x48 on each of 2 processes
+    assert "9216 (layer down.1.0.norm) to 36864" in told["values"]
+    assert job.output.index("values") < job.output.index("epoch 1/2")
+
+
+def test_pictures_of_the_epochs(run_dir):
+    assert [path.name for path in sorted((run_dir / "predictions").iterdir())] == ["epoch_002.png"]
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    (image,) = events.Images("predictions")
+    assert image.step == 8
+
+
+def test_on_a_terminal_there_is_a_bar(tmp_path):
+    """What is printed stays in lines of its own above it, and no line is longer than the terminal."""
+    status, screen = on_a_terminal([str(TRAIN_SH), *TINY, "logger=none"], tmp_path, columns=80)
+    assert status == 0, screen
+    drawn = [strip_styles(line) for line in re.split(r"[\r\n]+", screen)]
+    bars = [line for line in drawn if re.match(r"epoch \d/2 +.*\d/8", line)]
+    assert any(re.search(r"8/8 loss \d+\.\d{4}  [\d.]+ images/s  0:00:\d\d left", line) for line in bars), bars
+    assert max(map(len, bars)) <= 80
+    (first,) = [line for line in drawn if "step 4" in line]
+    assert re.fullmatch(r"epoch 1/2  step 4  loss \d\.\d+  val loss \d\.\d+  mIoU \d\.\d+  \d+\.\d s", first)
+
+
+def on_a_terminal(command, cwd, columns):
+    """Runs a command on a terminal of so many columns; returns its status and all that it has written there."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    variables = environment(TERM="xterm-256color") | {"COLUMNS": str(columns)}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=variables, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # the last process has closed it
+            break
+        if not chunk:
+            break
+        written += chunk
+    os.close(ours)
+    return process.wait(60), written.decode()
+
+
+def strip_styles(line):
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line)
 
 
 def test_the_command_without_torchrun_reports_a_mistake_alike(tmp_path):

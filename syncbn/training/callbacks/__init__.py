@@ -2,6 +2,20 @@
 
 from syncbn.training.callbacks.console import EpochLines, FinalTable
 from syncbn.training.callbacks.graceful_stop import GracefulStop
-from syncbn.training.callbacks.pictures import Curves, SegmentationPictures
+from syncbn.training.callbacks.pictures import Curves, Pictures
+from syncbn.training.callbacks.progress import ProgressBar
+from syncbn.training.callbacks.random_state import StatelessRandom
+from syncbn.training.callbacks.resume import ExactResume
+from syncbn.training.callbacks.summary import Summary
 
-__all__ = ["Curves", "EpochLines", "FinalTable", "GracefulStop", "SegmentationPictures"]
+__all__ = [
+    "Curves",
+    "EpochLines",
+    "ExactResume",
+    "FinalTable",
+    "GracefulStop",
+    "Pictures",
+    "ProgressBar",
+    "StatelessRandom",
+    "Summary",
+]
