@@ -1,0 +1,1 @@
+"""Training with the global batch fixed while the batch per process varies: what synchronization buys."""
