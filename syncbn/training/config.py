@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import syncbn
 from syncbn.training.checkpoints import read_checkpoint
-from syncbn.training.environment import World, run_stamp
+from syncbn.training.environment import World, loader_workers, run_stamp
 from syncbn.training.errors import UserError, did_you_mean, one_line
 
 CONFIG_NAME = "train"
@@ -40,6 +40,7 @@ def register_resolvers() -> None:
         "syncbn.devices": lambda: World.from_environment().local_size,
         "syncbn.nodes": lambda: World.from_environment().num_nodes,
         "syncbn.stamp": run_stamp,
+        "syncbn.workers": loader_workers,
         "syncbn.count": count,
     }
     for name, resolver in resolvers.items():

@@ -43,6 +43,12 @@ class World:
         return self.size // self.local_size
 
 
+def loader_workers(most: int) -> int:
+    """How many processes load data for one that trains: an equal share of this machine's cores, 1 to `most`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(most, cores // World.from_environment().local_size))
+
+
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 

@@ -67,6 +67,8 @@ def test_every_option_composes_to_things_that_exist(group, option):
     cfg = compose_config([f"{group}={option}"])
     if "train" in cfg.data and OmegaConf.is_missing(cfg.data.train, "root"):
         cfg.data.train.root = "/data"  # where it is, only its owner knows
+    if "imagenet" in cfg and OmegaConf.is_missing(cfg, "imagenet"):
+        cfg.imagenet = None
     check(cfg)
     for target in targets(cfg):
         get_object(target)
@@ -203,3 +205,11 @@ def test_process_count_follows_the_configuration():
 
 def test_the_configuration_is_found_in_the_checkout():
     assert config_dir() == Path(__file__).parents[2] / "conf"
+
+
+@pytest.mark.parametrize(("cores", "local_size", "workers"), [(2, 1, 2), (2, 2, 1), (2, 8, 1), (64, 8, 4), (16, 8, 2)])
+def test_loaders_share_the_cores_of_their_machine(monkeypatch, cores, local_size, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("WORLD_SIZE", str(local_size))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_size))
+    assert compose_config(["data=folders", "data.train.root=somewhere"]).data.num_workers == workers
