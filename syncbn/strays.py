@@ -55,7 +55,8 @@ class StrayWatch:
     does not there. Several calls of a layer are taken as one batch.
 
     Args:
-        model: or a part of it. Layers that have not seen an input yet, and compiled ones, are left out.
+        model: or a part of it. Lazy layers that have not seen an input yet are left out. What has been compiled
+            already is not seen, as if it had no value.
     """
 
     def __init__(self, model: nn.Module) -> None:

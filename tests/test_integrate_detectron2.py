@@ -2,8 +2,8 @@
 
 So its lines are run against stand-ins that bear its names and do what its sources do where normalization is concerned:
 ``get_norm`` and freezing (detectron2/layers/batch_norm.py at 047d477), and ``instantiate``
-(detectron2/config/instantiate.py at 02c1c35), for which Hydra's own stands in. omegaconf, which holds a LazyConfig, is
-the real one.
+(detectron2/config/instantiate.py at 02c1c35), for which Hydra's own stands in. What holds the configurations is the
+real one: yacs, and omegaconf for a LazyConfig.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import types
 from typing import Any
 
 import pytest
-from integrations import code_of
+from documentation import ROOT
+from integrations import PAGE, code_of
 from torch import Tensor, nn
 from union import assert_like_the_union, parts
 
@@ -22,6 +23,7 @@ from syncbn import SyncBatchNorm
 
 omegaconf = pytest.importorskip("omegaconf")
 hydra = pytest.importorskip("hydra")
+yacs = pytest.importorskip("yacs.config")
 
 SECTION = "detectron2"
 IMAGES = parts((2, 3, 12, 12), (1, 3, 12, 12))
@@ -67,21 +69,16 @@ def plain_detector() -> nn.Module:
     return Detector("BN", "BN", freeze_at=0)
 
 
-class Options(types.SimpleNamespace):
-    """A CfgNode's look: options of options."""
-
-
-def default_config() -> Options:
-    names = ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
-    heads = {name: Options(NORM="") for name in names}
-    return Options(MODEL=Options(BACKBONE=Options(FREEZE_AT=2), RESNETS=Options(NORM="FrozenBN"), **heads))
+def default_config() -> Any:
+    heads = {name: {"NORM": ""} for name in ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
+    return yacs.CfgNode({"MODEL": {"BACKBONE": {"FREEZE_AT": 2}, "RESNETS": {"NORM": "FrozenBN"}, **heads}})
 
 
 class DefaultTrainer:
     """Builds by a class method, which subclasses override."""
 
     @classmethod
-    def build_model(cls, cfg: Options) -> nn.Module:
+    def build_model(cls, cfg: Any) -> nn.Module:
         model = cfg.MODEL
         return Detector(model.RESNETS.NORM, model.ROI_BOX_HEAD.NORM, model.BACKBONE.FREEZE_AT)
 
@@ -151,6 +148,13 @@ def test_a_callable_escapes_freezing_where_bn_does_not() -> None:
     """Why the page calls the callable second best."""
     assert isinstance(Detector("BN", "BN").stem[1], FrozenBatchNorm2d)
     assert isinstance(Detector(SyncBatchNorm, "BN").stem[1], SyncBatchNorm)
+
+
+def test_a_yaml_configuration_takes_no_callable() -> None:
+    refusal = "Invalid type <class 'type'> for key NORM"
+    assert f"`{refusal}`" in (ROOT / PAGE).read_text()
+    with pytest.raises(AssertionError, match=refusal):
+        default_config().MODEL.RESNETS.NORM = SyncBatchNorm
 
 
 def test_frozen_layers_are_said_to_be_frozen() -> None:

@@ -23,7 +23,7 @@ pytest.importorskip("mmcv")
 
 from mmcv.cnn import ConvModule, build_norm_layer, is_norm
 from mmengine import Config
-from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.model import BaseModel, convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
@@ -103,6 +103,11 @@ def test_what_mmengine_does_in_a_single_process_leaves_the_layer() -> None:
     model = revert_sync_batchnorm(convolutions())
     assert isinstance(model[0].norm, SyncBatchNorm)
     assert model(FEATURES[0].float()).isfinite().all()
+
+
+def test_mmengines_own_conversion_would_replace_the_layer() -> None:
+    """Why the page says: no ``sync_bn="torch"``."""
+    assert type(convert_sync_batchnorm(convolutions(), "torch")[0].norm) is nn.SyncBatchNorm
 
 
 # ---- converted

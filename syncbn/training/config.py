@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import syncbn
@@ -94,6 +94,8 @@ def check(cfg: DictConfig) -> None:
         OmegaConf.resolve(cfg.copy())
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
+    if missing := list(_missing(OmegaConf.to_container(cfg, resolve=False))):
+        raise UserError(f"{', '.join(missing)} must be given")
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, got {cfg.seed!r}")
     run_dir = Path(cfg.run_dir)
@@ -102,6 +104,21 @@ def check(cfg: DictConfig) -> None:
     checkpoint = find_checkpoint(cfg)
     if checkpoint is not None:
         read_checkpoint(checkpoint, device="meta")
+    kept = (run_dir / LAST_CHECKPOINT).resolve()
+    if kept.is_file() and checkpoint != kept and not cfg.overwrite:
+        raise UserError(
+            f"run_dir: {run_dir} has a run whose checkpoints would be lost; ckpt_path=last continues it, "
+            "overwrite=true starts over"
+        )
+
+
+def _missing(node: Any, path: str = "") -> Iterator[str]:
+    """The keys that only the user can fill in, `???` in the configuration."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _missing(value, f"{path}.{key}" if path else str(key))
+    elif node == MISSING:
+        yield path
 
 
 def find_checkpoint(cfg: DictConfig) -> Path | None:

@@ -114,5 +114,10 @@ def _processes(number: int) -> str:
     return f"{number} process{'es' if number > 1 else ''}"
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The same with the arguments of this process."""
     command(USAGE, main)
+
+
+if __name__ == "__main__":
+    cli()

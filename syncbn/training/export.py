@@ -231,5 +231,10 @@ def _model_name(trained: Trained) -> str:
     return type(getattr(trained.task, "model", trained.task)).__name__
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The same with the arguments of this process."""
     command(USAGE, main)
+
+
+if __name__ == "__main__":
+    cli()

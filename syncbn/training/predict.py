@@ -196,5 +196,10 @@ def _tracked(files: list[Path]) -> Iterator[Path]:
     return iter(track(files, description="predicting", console=Console(), transient=True))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The same with the arguments of this process."""
     command(USAGE, main)
+
+
+if __name__ == "__main__":
+    cli()

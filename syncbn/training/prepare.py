@@ -9,8 +9,10 @@ Scenes are cropped to different sizes, never through a digit, so that a batch of
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -31,6 +33,7 @@ CATEGORY_IDS = {label: label if label <= 5 else label + 1 for label in range(1, 
 
 _SMALLEST_SCENE, _SMALLEST_SIDE = 72, 48  # six digits need some room
 _QUALITY = 95  # of JPEG
+_INTERRUPTED_STATUS = 130  # what a shell reports after Ctrl-C
 _PALETTE = [value for i in range(256) for value in ((i * 53) % 256, (i * 101) % 256, (i * 197) % 256)]
 
 
@@ -194,11 +197,24 @@ def prepare(
             raise UserError(f"{folder} is there already and not empty; give another folder, or delete this one")
     try:
         for name, folder in zip(formats, folders, strict=True):
-            for split in SPLITS:
-                FORMATS[name][0](folder, split, scenes[split])
+            with _written_whole(folder) as part:
+                for split in SPLITS:
+                    FORMATS[name][0](part, split, scenes[split])
     except OSError as error:
         raise UserError(f"cannot write: {error}") from error
     return folders
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name at the end: half of a data set would train without a complaint."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    try:
+        yield _folder(part)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -210,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except (UserError, ValueError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(_INTERRUPTED_STATUS) from None
     print(f"{options.train} scenes to train on, {options.val} to validate with, in each of:")
     for name, folder in zip(formats, folders, strict=True):
         print(f"  {folder}")

@@ -46,7 +46,7 @@ class Job:
         for reader in self._readers:
             reader.start()
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, timeout: float = 240) -> None:
         """Returns once a line of stdout contains `text`."""
         deadline = time.monotonic() + timeout
         while not any(text in line for line in list(self.lines)):
@@ -59,7 +59,7 @@ class Job:
         """What Ctrl-C on a terminal does: SIGINT to every process of the group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def finish(self, timeout: float = 90) -> int:
+    def finish(self, timeout: float = 240) -> int:
         """Waits for the end; returns the exit status."""
         try:
             status = self.process.wait(timeout)

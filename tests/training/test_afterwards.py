@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from syncbn.training import afterwards
 from syncbn.training.afterwards import find, override, run_config
 from syncbn.training.data import DigitScenes
 from syncbn.training.errors import UserError
@@ -264,7 +263,7 @@ def test_without_arguments_there_is_a_usage_line(monkeypatch, capsys, module):
     command = importlib.import_module(f"syncbn.training.{module}")
     monkeypatch.setattr(sys, "argv", [module])
     with pytest.raises(SystemExit, match="2"):
-        afterwards.command(command.USAGE, command.main)
+        command.cli()
     assert capsys.readouterr().err.startswith(f"usage: python -m syncbn.training.{module} ckpt=")
 
 

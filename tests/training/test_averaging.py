@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from syncbn.lightning import SyncBatchNormPlugin
 from syncbn.training.callbacks.averaging import ExponentialMovingAverage
+from syncbn.training.errors import UserError
 from syncbn.training.models import UNet
 from syncbn.training.tasks import SegmentationTask
 from syncbn.training.tasks.losses import CrossEntropyLoss
@@ -159,6 +160,14 @@ def test_with_synchronized_layers_all_processes_have_the_same_average(processes)
     assert_equal(state, by_hand(steps)[-1])
     assert_equal(validated[-1], state)
     assert_equal(other, state)
+
+
+def test_a_checkpoint_that_would_hold_other_weights_is_refused():
+    """Lightning asks no callback when it saves weights only."""
+    best = ModelCheckpoint(dirpath=".", monitor="val/loss", save_weights_only=True)
+    fitted(None, epochs=1, callbacks=[best])
+    with pytest.raises(UserError, match="save_weights_only of a ModelCheckpoint would save the weights that are tr"):
+        fitted(ExponentialMovingAverage(0.9), callbacks=[best])
 
 
 @pytest.mark.parametrize("wrong", [{"decay": 1.0}, {"every_n_steps": 0}])

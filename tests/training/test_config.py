@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import get_object
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -67,7 +68,7 @@ def test_every_option_composes_to_things_that_exist(group, option):
     cfg = compose_config([f"{group}={option}"])
     if "train" in cfg.data and OmegaConf.is_missing(cfg.data.train, "root"):
         cfg.data.train.root = "/data"  # where it is, only its owner knows
-    if "imagenet" in cfg and OmegaConf.is_missing(cfg, "imagenet"):
+    if OmegaConf.is_missing(cfg, "imagenet"):
         cfg.imagenet = None
     check(cfg)
     for target in targets(cfg):
@@ -170,6 +171,26 @@ def test_an_impossible_value_is_told(tmp_path, override, message):
     with pytest.raises(UserError, match=message) as error:
         check(compose_config([override.format(file=file)]))
     assert "\n" not in str(error.value)
+
+
+def test_all_that_is_left_to_the_user_is_told_at_once():
+    with pytest.raises(UserError, match=r"^data.train.root, imagenet must be given$"):
+        check(compose_config(["experiment=coco-fcos"]))
+
+
+def test_another_runs_checkpoints_are_not_overwritten(tmp_path):
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    torch.save({"state_dict": {}}, last)
+    other = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {}}, other)
+    for overrides in ([], [f"ckpt_path={other}"]):
+        overrides = [f"run_dir={tmp_path}", *overrides]
+        with pytest.raises(UserError, match=r"ckpt_path=last continues it, overwrite=true starts over"):
+            check(compose_config(overrides))
+        check(compose_config([*overrides, "overwrite=true"]))
+    for checkpoint in ("last", tmp_path, last):
+        check(compose_config([f"run_dir={tmp_path}", f"ckpt_path={checkpoint}"]))
 
 
 def test_hydras_options_do_not_hide_the_overrides():

@@ -1,6 +1,8 @@
 """From datasets to batches: order, padding, and what happens to broken files on several processes."""
 
+import json
 import shutil
+import warnings
 from pathlib import Path
 
 import miniatures
@@ -12,10 +14,14 @@ from torch.utils.data import Dataset
 
 from syncbn.training.data import DataModule, DigitScenesDataModule
 from syncbn.training.data.batches import DetectionBatches, SegmentationBatches
+from syncbn.training.data.coco import CocoDetection
 from syncbn.training.data.faults import BrokenItem
 from syncbn.training.data.folders import FolderSegmentation
 from syncbn.training.data.order import EpochOrder, ResumableLoader
 from syncbn.training.errors import UserError
+from syncbn.training.tasks import SegmentationTask
+from syncbn.training.tasks.average_precision import AveragePrecision
+from syncbn.training.tasks.losses import CrossEntropyLoss
 
 
 class Numbers(Dataset):
@@ -142,9 +148,10 @@ def test_a_broken_item_is_replaced_and_told(workers):
     data = DataModule(Numbers(4, broken={1, 2}), Numbers(2), batch_size=4, num_workers=workers, faults="skip")
     data.setup("fit")
     (batch,) = list(data.train_dataloader())
-    assert sorted(batch["index"].tolist()) == [0, 3, 3, 3]
-    # The image that came is the one that `index` says.
-    assert torch.equal((batch["image"][:, 0, 0, 0] * 255).round().long(), batch["index"])
+    assert sorted(batch["index"].tolist()) == [-1, -1, 0, 3]
+    # The image that came is the one that `index` says, or the next whole one.
+    shown = (batch["image"][:, 0, 0, 0] * 255).round().long()
+    assert torch.equal(shown, torch.where(batch["index"] < 0, 3, batch["index"]))
     with pytest.warns(UserWarning, match=r"1.jpg: image file is truncated; replaced") as told:
         batch = data.on_before_batch_transfer(batch, 0)
     assert len(told) == 2
@@ -164,11 +171,110 @@ def test_a_broken_item_is_a_reason_to_stop():
         data.teardown("fit")
 
 
-def test_when_nothing_can_be_read_the_run_ends():
-    with pytest.raises(UserError, match=r"3 items in a row cannot be read, the first 1.jpg: image file is truncated"):
-        DataModule(Numbers(3, broken={0, 1, 2}), Numbers(1)).train_set[1]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_when_nothing_can_be_read_the_run_ends_with_one_line(workers):
+    data = DataModule(Numbers(3, broken={0, 1, 2}), Numbers(1), num_workers=workers, faults="skip")
+    batch = next(iter(data.train_dataloader()))
+    with pytest.raises(UserError, match=r"^2 broken items: .\.jpg: image file is truncated; 3 items in a row cannot"):
+        data.on_before_batch_transfer(batch, 0)
+
+
+def test_when_all_is_left_out_the_run_ends():
     with pytest.raises(UserError, match="nothing is left"):
         DataModule(Numbers(2, checked={0, 1}), Numbers(1), faults="skip").setup("fit")
+
+
+def test_when_nothing_more_can_be_read_all_processes_can_end_together():
+    data = DataModule(Numbers(50), Numbers(1), batch_size=2, faults="skip", check="none")
+    batches = iter(data.train_dataloader())
+    last = data.on_before_batch_transfer(next(batches), 0)
+    data.train_set.dataset.broken = set(range(50))  # the disk is gone
+    with pytest.warns(UserWarning, match="32 items in a row cannot be read; replaced"):
+        batch = data.on_before_batch_transfer(next(batches), 0)
+    assert batch["index"].tolist() == [-1, -1]
+    assert torch.equal(batch["image"], last["image"][[1, 1]])
+    assert "32 items in a row cannot be read" in data.stop_reason
+    with pytest.raises(UserError, match="32 items in a row cannot be read"):
+        data.teardown("fit")
+
+
+class Guess(torch.nn.Module):
+    """Says of an image of even brightness that it is of class 1, else of class 0."""
+
+    def forward(self, image):
+        even = (image.mean(1) * 255).round() % 2 == 0
+        return torch.stack([(~even).float(), even.float()], 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_stands_in_for_a_broken_item_counts_in_no_metric(batch_size, tmp_path):
+    def validated(**options):
+        data = DataModule(Numbers(2), Numbers(5, **options), batch_size=batch_size, faults="skip")
+        task = SegmentationTask(
+            Guess(), CrossEntropyLoss(), ("background", "thing"), torch.optim.SGD, image_mean=0.0, image_std=1.0
+        )
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet)
+        (metrics,) = trainer.validate(task, data, verbose=False)
+        return {name: value for name, value in metrics.items() if "iou" in name}
+
+    replaced = validated(broken={1, 2})
+    assert replaced == validated(checked={1, 2})
+    assert replaced["val/iou/background"] == pytest.approx(1 / 3)  # of the items 0, 3, 4 it is right about 3
+
+
+def test_what_stands_in_for_a_broken_item_counts_in_no_average_precision():
+    thing = {"boxes": torch.tensor([[1.0, 1, 9, 9]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.5])}
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
+    metric = AveragePrecision()
+    metric.update([thing, nothing], [thing, thing], torch.tensor([0, -1]))
+    assert metric.compute()["map_50"] == 1
+
+
+def test_objects_are_left_out_where_they_have_been_counted(tmp_path):
+    def images(check):
+        root = miniatures.coco(tmp_path / check)
+        file = root / "annotations" / "instances_train2017.json"
+        content = json.loads(file.read_text())
+        content["annotations"][0]["bbox"][2] = 0
+        file.write_text(json.dumps(content))
+        parts = [
+            CocoDetection(root, f"{part}2017", f"annotations/instances_{part}2017.json") for part in ("train", "val")
+        ]
+        data = DataModule(*parts, faults="skip", check=check)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            data.setup("fit")
+            for batch in data.train_dataloader():
+                data.on_before_batch_transfer(batch, 0)
+            data.teardown("fit")
+        return " ".join(str(warning.message) for warning in told)
+
+    assert "1 broken object" in images("headers")
+    assert "annotation 1: box" in images("none")
+
+
+def different(rank, roots):
+    data = DataModule(*(FolderSegmentation(roots[rank], split) for split in ("train", "val")), check="none")
+    try:
+        data.setup("fit")
+    except UserError as error:
+        return str(error)
+    return len(data.train_set)
+
+
+def test_processes_that_find_different_files_do_not_begin(processes, tmp_path):
+    roots = [miniatures.folders(tmp_path / str(rank)) for rank in range(2)]
+    assert processes(2).run(different, roots, per_rank=[(0,), (1,)]) == [miniatures.TRAIN] * 2
+    images = sorted((roots[1] / "train" / "images").iterdir())
+    images[0].rename(images[0].with_stem("99999"))
+    told = processes(2).run(different, roots, per_rank=[(0,), (1,)])
+    assert told[0] == told[1]
+    assert f"process 0 finds {miniatures.TRAIN} items, process 1 as many, but others" in told[0]
+    images[1].unlink()
+    told = processes(2).run(different, roots, per_rank=[(0,), (1,)])
+    assert f"process 0 finds {miniatures.TRAIN} items, process 1 {miniatures.TRAIN - 1}: " in told[0]
 
 
 def test_other_items_keep_their_files_when_some_are_left_out(tmp_path):

@@ -150,6 +150,21 @@ def test_half_precision_scores_are_taken(processes):
     assert found["map"] > 0.1
 
 
+def failing():
+    """Process 1 has an image with more labels than boxes."""
+    metric = AveragePrecision()
+    prediction, target = image(dist.get_rank())
+    if dist.get_rank() == 1:
+        target["labels"] = torch.ones(99, dtype=torch.long)
+    metric.update([prediction], [target], torch.tensor([dist.get_rank()]))
+    with pytest.raises(RuntimeError, match=r"could not be computed on process 0: ValueError.*99"):
+        metric.compute()
+
+
+def test_a_failure_is_told_to_all_processes(processes):
+    processes(2).run(failing)
+
+
 # Through a Trainer: a real detector on two processes, 5 images, of which the sampler has to repeat one
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.detection.transform import resize_boxes
 
 from syncbn.training.data import DigitScenes
 from syncbn.training.data.cityscapes import CityscapesSegmentation
@@ -503,11 +504,30 @@ def test_voc_annotations_without_a_size_or_with_zeros_say_nothing_of_it(voc):
 
 def test_boxes():
     assert box_fault((-1, -1, 101, 51), (100, 50)) is None  # a rounding
-    for box in ((-1.1, 0, 5, 5), (0, 0, 101.5, 5), (0, 0, 5, 52), (100.2, 0, 100.8, 5), (0, -0.8, 5, -0.1)):
+    for box in (
+        (99.999, 0, 100.9, 5),
+        (-1.1, 0, 5, 5),
+        (0, 0, 101.5, 5),
+        (0, 0, 5, 52),
+        (100.2, 0, 100.8, 5),
+        (0, -0.8, 5, -0.1),
+    ):
         assert "outside" in box_fault(box, (100, 50)), box
-    for box in ((5, 5, 5, 9), (9, 5, 5, 9)):
+    # The last two hardly have a side: none in float32 at a large coordinate.
+    for box in ((5, 5, 5, 9), (9, 5, 5, 9), (99, 5, 99.000001, 9), (5, 49.9, 9, 49.905)):
         assert "no area" in box_fault(box, (100, 50)), box
     assert "not finite" in box_fault((0, 0, math.inf, 5), (100, 50))
+
+
+def test_a_detector_takes_the_narrowest_box_that_is_no_fault():
+    """torchvision's stop at a box without area, on the one process that has it, and see it in float32, resized."""
+    for x in (0.0, 99.98, 1999.98, 9999.98, 59999.98):
+        width = int(x) + 1
+        box = (x, 7.0, x + 0.011, 9.0)
+        assert box_fault(box, (width, 100)) is None
+        for side in (64, 800, 1333, 70000):
+            (resized,) = resize_boxes(torch.tensor([box]), [100, width], [100, side])
+            assert resized[0] < resized[2], (x, side)
 
 
 # Whole datasets

@@ -40,7 +40,7 @@ def interrupted_run(tmp_path_factory):
     job.wait_for("epoch 1/2000")
     addresses = job.listening_addresses()
     job.interrupt()
-    job.finish(40)
+    job.finish()
     return job, cwd, addresses
 
 
@@ -207,7 +207,7 @@ def test_ctrl_c_in_validation_leaves_a_checkpoint_that_validates_anew(tmp_path):
     job.wait_for("run folder")
     time.sleep(6)  # one step of training, then minutes of validation
     job.interrupt()
-    assert job.finish(40) == 128 + signal.SIGINT
+    assert job.finish() == 128 + signal.SIGINT
     assert "interrupted after step 1:" in job.output
     resumed = run_job([*command, "data.val_size=4", "ckpt_path=last"], tmp_path)
     assert resumed.process.returncode == 0, resumed.output + resumed.error_output

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ class Pairs(LightningDataModule):
         )
 
 
-def fitted(optimizer=None, data=None, trainer=None, **task):
+def fitted(optimizer=None, data=None, trainer=None, ckpt_path=None, **task):
     torch.manual_seed(0)
     made = SegmentationTask(
         UNet(2, widths=(4, 8)),
@@ -208,7 +209,7 @@ def fitted(optimizer=None, data=None, trainer=None, **task):
     )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     runner = Trainer(**quiet, enable_model_summary=False, **({"max_epochs": 3} | (trainer or {})))
-    runner.fit(made, datamodule=data or Pairs())
+    runner.fit(made, datamodule=data or Pairs(), ckpt_path=ckpt_path)
     return made, runner
 
 
@@ -225,6 +226,20 @@ def test_accumulation_counts_in_the_schedule_and_in_the_scale():
     assert trainer.global_step == 12
     assert task.global_batch_size == 4
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0  # the end of the schedule is that of the run
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_run_resumed_with_another_global_batch_warns(tmp_path, accumulated):
+    _, trainer = fitted(base_batch_size=8, trainer={"max_epochs": 1})
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    options = {"max_epochs": 2, "accumulate_grad_batches": accumulated}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, resumed = fitted(base_batch_size=8, trainer=options, ckpt_path=tmp_path / "one.ckpt")
+    told = [str(each.message) for each in told if "images per step" in str(each.message)]
+    assert len(told) == (accumulated == 2)
+    assert all("is of a run with 2 images per step, over all processes, and this one has 4" in each for each in told)
+    assert resumed.optimizers[0].param_groups[0]["lr"] == 0.025  # as the warning says
 
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees():

@@ -39,6 +39,25 @@ def test_a_folder_with_something_in_it_is_not_touched(tmp_path, capsys):
     assert [*tmp_path.rglob("*.*")] == [theirs]  # nothing of the other formats either
 
 
+def test_an_interruption_leaves_no_half_of_a_folder(tmp_path, monkeypatch):
+    def interrupted(out, split, scenes):
+        FORMATS["folders"][0](out, split, scenes)
+        if split == "val":
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(FORMATS, "voc", (interrupted, ""))
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path), "--train", "2", "--val", "1"])
+    assert stop.value.code == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["coco", "folders"]  # which are whole
+    (tmp_path / ".voc.part").mkdir()  # of a process that was killed
+    (tmp_path / ".voc.part" / "scrap").touch()
+    monkeypatch.undo()
+    assert prepare(tmp_path, ["voc"], 2, 1) == [tmp_path / "voc"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["coco", "folders", "voc"]
+    assert [path.name for path in (tmp_path / "voc").iterdir() if path.name == "scrap"] == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

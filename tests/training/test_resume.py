@@ -1,8 +1,10 @@
 """A run that is interrupted and resumed equals the uninterrupted one, bit for bit."""
 
+import copy
 import functools
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import interrupted
@@ -11,8 +13,11 @@ import torch
 from jobs import TRAIN_SH, run_job
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.training.callbacks import ExactResume, GracefulStop, StatelessRandom
+from syncbn.training.callbacks.resume import add_in_order_of_ranks
 from syncbn.training.data import DigitScenesDataModule
 from syncbn.training.data.augmentation import segmentation_training
 from syncbn.training.tasks import SegmentationTask
@@ -100,6 +105,49 @@ def test_two_processes_interrupted_again_and_again_with_other_workers(tmp_path):
     histories = [c["callbacks"]["Curves"]["history"] for c in (expected, actual)]
     assert len(histories[0]) == 2
     assert not differences(*histories)
+
+
+def _two_steps_more(rank):
+    """Where the weights of a run of three steps differ from those of one resumed after the first; the last gradients,
+    those of this process alone and those that DDP has made of them.
+    """
+
+    def build(state):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(layer for i in range(6) for layer in (nn.Linear(5 + 7 * i, 12 + 7 * i), nn.Tanh())))
+        model.load_state_dict(state or model.state_dict())
+        ddp = DistributedDataParallel(model)
+        add_in_order_of_ranks(ddp)
+        return ddp
+
+    def gradients(model, number):
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(10 * number + rank)
+        model(torch.randn(4, 5, generator=generator)).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    def step(ddp, number):
+        own, reduced = gradients(copy.deepcopy(ddp.module), number), gradients(ddp, number)
+        with torch.no_grad():
+            for parameter, gradient in zip(ddp.parameters(), reduced, strict=True):
+                parameter -= 0.1 * gradient
+        return own, reduced
+
+    whole = build(None)
+    step(whole, 0)
+    resumed = build({name: tensor.clone() for name, tensor in whole.module.state_dict().items()})
+    for number in (1, 2):
+        step(whole, number)
+        own, reduced = step(resumed, number)
+    return differences(whole.module.state_dict(), resumed.module.state_dict()), own, reduced
+
+
+def test_gradients_of_more_than_two_processes_are_added_alike_in_a_resumed_run(processes):
+    """DDP's buckets are other ones in the first step, and with them gloo's order of addition."""
+    answers = processes(3).run(_two_steps_more, per_rank=[(rank,) for rank in range(3)])
+    assert [different for different, _, _ in answers] == [[]] * 3
+    for *own, reduced in zip(*(own for _, own, _ in answers), answers[0][2], strict=True):
+        torch.testing.assert_close(reduced, sum(own) / 3)
 
 
 class Recorder(Callback):
@@ -199,6 +247,26 @@ def test_wherever_a_run_may_stop_it_goes_on_the_same(name, tmp_path):
         assert not differences({k: expected[k] for k in keys}, {k: actual[k] for k in keys}), checkpoint
         assert whole.batches[len(whole.batches) - len(part.batches) :] == part.batches, checkpoint
         assert part.epochs.items() <= whole.epochs.items(), checkpoint
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ends"),
+    [
+        (signal.SIGINT, signal.SIGINT, True),
+        (signal.SIGINT, signal.SIGTERM, True),  # what torchrun makes of a second Ctrl-C
+        (signal.SIGTERM, signal.SIGTERM, False),
+    ],
+)
+def test_a_second_ctrl_c_ends_a_run_at_once(monkeypatch, first, second, ends):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stop = GracefulStop("last.ckpt")
+    stop._on_signal(first, None)
+    now = 1.0
+    stop._on_signal(second, None)  # the same press, passed on
+    now = 5.0
+    with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
+        stop._on_signal(second, None)
 
 
 def test_a_mean_over_an_epoch_survives_another_number_of_processes():

@@ -1,5 +1,6 @@
 """The tasks and their losses."""
 
+import copy
 import functools
 
 import pytest
@@ -133,6 +134,21 @@ def test_impossible_settings_are_refused_by_name(wrong):
         segmentation(**wrong)
 
 
+def test_the_validation_loss_is_the_mean_over_images_whatever_the_batches():
+    """torchmetrics' MeanMetric(nan_strategy="disable") takes a short last batch for a whole one."""
+    torch.manual_seed(0)
+    images, targets = torch.rand(3, 3, 8, 8), torch.randint(0, 2, (3, 8, 8))
+    items = [{"image": images[i], "semantic": targets[i], "index": i} for i in range(3)]
+    task = segmentation(loss=CrossEntropyLoss())
+    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
+    (metrics,) = trainer.validate(
+        task, DataLoader(items, batch_size=2, collate_fn=SegmentationBatches()), verbose=False
+    )
+    with torch.no_grad():
+        expected = CrossEntropyLoss()(task.eval()(images), targets)
+    assert metrics["val/loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize(("items", "world"), [(7, 2), (5, 3), (1, 2), (2, 5), (8, 4)])
 def test_each_validation_item_counts_once_whatever_the_sampler_repeats(items, world):
     counted = []
@@ -176,7 +192,8 @@ class Padded(nn.Module):
 
 def trained(folder, uneven):
     torch.manual_seed(0)
-    task = segmentation(Padded(), loss=CrossEntropyLoss(), image_mean=0, image_std=1)
+    # torch's own is NaN of process 1's last batch in validation, which is a repetition.
+    task = segmentation(Padded(), loss=nn.CrossEntropyLoss(ignore_index=255), image_mean=0, image_std=1)
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
@@ -198,6 +215,8 @@ def trained(folder, uneven):
     items = OnProcess1() if uneven else images()
     sampler = None if uneven else DistributedSampler(items, shuffle=False)
     validation = DataLoader(items, batch_size=2, sampler=sampler, collate_fn=SegmentationBatches())
+    # What a validation that was broken off leaves behind.
+    task.val_pixels.update(torch.zeros(1, 8, 8).long(), torch.ones(1, 8, 8).long())
     trainer.validate(task, validation, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return metrics, {name: value.clone() for name, value in task.model.state_dict().items()}
@@ -247,6 +266,25 @@ def test_every_parameter_takes_part_whatever_the_targets(name):
         assert torch.isfinite(loss), kind
         loss.backward()
         assert not [n for n, p in task.named_parameters() if p.requires_grad and p.grad is None], kind
+
+
+@pytest.mark.parametrize("objects", [0, 1])
+def test_a_detector_without_any_region_learns_that_the_images_are_background(objects):
+    """All proposals are below the threshold: without an object, torchvision's own losses are NaN."""
+    torch.manual_seed(0)
+    model = detection_model("fasterrcnn_resnet50_fpn_v2", 3, min_size=64, max_size=64, rpn_score_thresh=1.1)
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 48)]
+    told = [{"boxes": torch.tensor([[4.0, 4, 40, 40]])[:objects], "labels": torch.ones(objects, dtype=torch.long)}] * 2
+    torch.manual_seed(1)  # anchors are drawn
+    torchvisions = sum(copy.deepcopy(model)(images, told).values())
+    task = DetectionTask(model, ("background", "one", "two"), SGD)
+    torch.manual_seed(1)
+    loss = task.training_step({"image": images, "targets": told}, 0)
+    assert torch.isfinite(loss)
+    assert torch.equal(loss, torchvisions) if objects else torch.isnan(torchvisions)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    assert [len(each["boxes"]) for each in task.eval()(images)] == [0, 0]
 
 
 class Echo(nn.Module):

@@ -33,7 +33,7 @@ def test_every_training_command_composes(arguments, monkeypatch):
     check(compose_config(overrides))
     for argument in arguments:
         if argument.startswith("ckpt_path="):  # a run's folder, which the command before has made
-            with pytest.raises(UserError, match="there is no file .*last.ckpt|there is no file runs/a"):
+            with pytest.raises(UserError, match="ckpt_path: there is no file"):
                 find_checkpoint(compose_config([*overrides, argument]))
 
 

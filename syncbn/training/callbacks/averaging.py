@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from syncbn.training.errors import UserError
 
 _LATEST = "latest_update_step"
 
@@ -20,7 +22,9 @@ class ExponentialMovingAverage(WeightAveraging):
 
     Lightning's WeightAveraging does the rest, with what it leaves open for a run that resumes exactly: counters
     stay whole; the average lies on the device that trains; a checkpoint that is saved in the middle of a validation,
-    after training, or by a callback that comes before this one holds what it should.
+    after training, or by a callback that comes before this one holds what it should. Only with `save_weights_only`
+    Lightning asks no callback, and would save the weights that are trained, so that it is refused; of
+    `trainer.save_checkpoint(path, weights_only=True)`, called while training, nobody hears.
 
     Args:
         decay: towards 1, the average looks further back, over about 1 / (1 - decay) updates.
@@ -30,6 +34,7 @@ class ExponentialMovingAverage(WeightAveraging):
 
     Raises:
         ValueError: an argument is outside its range.
+        UserError: when training starts, a ModelCheckpoint has `save_weights_only`.
     """
 
     def __init__(self, decay: float = 0.999, ramp: bool = True, every_n_steps: int = 1) -> None:
@@ -50,6 +55,11 @@ class ExponentialMovingAverage(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._swapped = False
+            if any(isinstance(c, ModelCheckpoint) and c.save_weights_only for c in trainer.checkpoint_callbacks):
+                raise UserError(
+                    "save_weights_only of a ModelCheckpoint would save the weights that are trained, not their moving "
+                    "average: set it to false, or leave the average out"
+                )
 
     # Now the module is where it is trained. The count of updates stays on the host, which reads it at each.
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -36,6 +36,7 @@ class GracefulStop(Callback):
 
     The run ends where the checkpoint is exact: after an optimizer step, so not within an accumulation of gradients,
     and not between a step and the validation that is due after it, but in that validation, which then starts over.
+    torchrun waits 30 seconds for that, or as many as TORCH_ELASTIC_SHUTDOWN_TIMEOUT in the environment says.
 
     Args:
         path: checkpoint file to write.
@@ -44,6 +45,7 @@ class GracefulStop(Callback):
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._requested_at: float | None = None
+        self._requested_by = 0  # the signal's number
         self._reason: str | None = None
         self._agreed = False
         self._group: Any = None  # a gloo ProcessGroup, if there are other processes
@@ -86,8 +88,9 @@ class GracefulStop(Callback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._requested_at is None:
-            self._requested_at = now
-        elif number == signal.SIGINT and now - self._requested_at > _SAME_PRESS_S:
+            self._requested_at, self._requested_by = now, number
+        # To a second Ctrl-C torchrun's answer is SIGTERM to the processes, which are in sessions of their own.
+        elif signal.SIGINT in (number, self._requested_by) and now - self._requested_at > _SAME_PRESS_S:
             raise KeyboardInterrupt
 
     def _stop(self, trainer: Trainer) -> None:

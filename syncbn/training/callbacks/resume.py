@@ -7,6 +7,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.parallel import DistributedDataParallel
 
 # Of each metric that one process has logged in this epoch: the arguments of `log`, its sum and its count.
 _Sums = list[dict[str, Any]]
@@ -23,6 +24,8 @@ class ExactResume(Callback):
       them anew, with the same mean.
     - With `max_steps`, Lightning ends an epoch once more whose end had saved the checkpoint, and would go on with the
       order of the epoch after the next.
+    - DistributedDataParallel arranges its gradients anew after its first step, and where a gradient lies decides in
+      which order gloo adds those of more than two processes. On CPUs they are added in the order of the ranks instead.
     """
 
     def __init__(self) -> None:
@@ -38,6 +41,9 @@ class ExactResume(Callback):
             self._to_add = _share(checkpoint.get(_KEY, []), trainer.global_rank, trainer.world_size)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = trainer.strategy.model
+        if isinstance(model, DistributedDataParallel) and trainer.strategy.root_device.type == "cpu":
+            add_in_order_of_ranks(model)
         fit_loop, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
         if fit_loop.restarted_on_epoch_end:
             fit_loop.epoch_progress.increment_completed()
@@ -64,6 +70,27 @@ class ExactResume(Callback):
             if entry["count"] is not None:
                 metric.cumulated_batch_size = metric.cumulated_batch_size + entry["count"]
         self._to_add = []
+
+
+def add_in_order_of_ranks(model: DistributedDataParallel) -> None:
+    """Makes the mean of the processes' gradients independent of their place in a bucket, for CPU tensors.
+
+    Each process receives all gradients, so that it costs more than an all-reduce. Of two processes there is one order
+    only, and nothing changes.
+    """
+    if dist.get_world_size(model.process_group) > 2:
+        model.register_comm_hook(model.process_group, _mean_in_order_of_ranks)
+
+
+def _mean_in_order_of_ranks(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    own = bucket.buffer()
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+
+    def mean(received: torch.futures.Future[Any]) -> torch.Tensor:
+        received.value()  # raises what went wrong
+        return sum(gathered[1:], gathered[0]).div_(len(gathered))
+
+    return dist.all_gather(gathered, own, group=group, async_op=True).get_future().then(mean)
 
 
 def _begin_next_epoch(loop: _Loop) -> None:

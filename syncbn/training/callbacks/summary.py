@@ -129,7 +129,7 @@ def _grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def _reason(row: Row) -> str:
-    return "norm=local" if row.reason.startswith(_NOT_CONVERTED) else row.reason
+    return "norm=local, or one process" if row.reason.startswith(_NOT_CONVERTED) else row.reason
 
 
 def _batch_norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -241,7 +241,8 @@ def _learning_rate(trainer: Trainer) -> str:
     names = ", ".join(type(optimizer).__name__.replace("Lightning", "") for optimizer in trainer.optimizers)
     base = getattr(trainer.lightning_module, "base_batch_size", None)
     scale = getattr(trainer.lightning_module, "lr_scale", 1.0)
-    scaled = f", scaled by {scale:g} from that for {_images(base)}" if base is not None else ""
+    configured = base is not None and not getattr(trainer.lightning_module, "resumed_with_other_batch", False)
+    scaled = f", scaled by {scale:g} from that for {_images(base)}" if configured else ""
     return f"{', '.join(different) or 'none'} ({names}{scaled})"
 
 

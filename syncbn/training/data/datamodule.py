@@ -1,5 +1,7 @@
 """Datasets as LightningDataModules: what is checked before training, how items are ordered and batched."""
 
+import hashlib
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +12,9 @@ from lightning.pytorch import LightningDataModule
 
 from syncbn.training.data.batches import Batch, Item, make_collate
 from syncbn.training.data.digits import DigitScenes
-from syncbn.training.data.faults import ITEM, Fault, count, describe, survey
+from syncbn.training.data.faults import ITEM, ROW, Fault, count, describe, survey
 from syncbn.training.data.items import BROKEN, Items
+from syncbn.training.data.loader_processes import leave_signals_to_training, loader_context
 from syncbn.training.data.order import EpochOrder, ResumableLoader
 from syncbn.training.errors import UserError
 
@@ -41,7 +44,7 @@ class DataModule(LightningDataModule):
         seed: of order and augmentation.
         faults: "raise" ends the run for a broken item, "skip" goes on without it and says so.
         check: how items are looked through before training: "headers" opens files without decoding images, "full"
-            decodes them, "none" leaves it out.
+            decodes them, "none" leaves it out; an image with a faulty object is then skipped as a whole.
         collate: "segmentation", "detection", "auto" (segmentation if the items have `semantic`), or a function.
         pad_to: for segmentation, batches' height and width become multiples of this.
         val_batch_size: items per process and validation step; None as in training.
@@ -95,23 +98,25 @@ class DataModule(LightningDataModule):
         self._train_loader: ResumableLoader | None = None
         self._place: dict[str, int] | None = None  # where a resumed run's epoch was left
         for dataset in (train, val):
-            if faults == "skip" and hasattr(dataset, "bad_objects"):
+            # Objects that no survey has counted would be lost in silence.
+            if faults == "skip" and check != "none" and hasattr(dataset, "bad_objects"):
                 dataset.bad_objects = "skip"
 
     def setup(self, stage: str) -> None:
         """Looks through the items, once; on all processes together.
 
         Raises:
-            UserError: with faults="raise", an item is broken; with "skip", none is left.
+            UserError: with faults="raise", an item is broken; with "skip", none is left; or the processes have
+                different files.
         """
-        if self.check == "none":
-            return
         sets = (
             {"training": self.train_set, "validation": self.val_set} if stage == "fit" else {"validation": self.val_set}
         )
         for name, items in sets.items():
             if id(items) not in self._surveyed:
-                self._survey(name, items)
+                _require_same(name, items.dataset)
+                if self.check != "none":
+                    self._survey(name, items)
                 self._surveyed.add(id(items))
 
     def train_dataloader(self) -> ResumableLoader:
@@ -135,6 +140,13 @@ class DataModule(LightningDataModule):
 
     # In the training process, whoever made the batch: workers' findings travel with it.
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Notes what broke, and warns of it.
+
+        Raises:
+            UserError: nothing could be read.
+        """
+        if isinstance(batch, dict) and set(batch) == {BROKEN}:
+            raise UserError(_in_a_line(batch[BROKEN]))
         for fault in batch.pop(BROKEN, []) if isinstance(batch, dict) else []:
             if fault not in self._broken:
                 self._broken.append(fault)
@@ -145,22 +157,24 @@ class DataModule(LightningDataModule):
     @property
     def stop_reason(self) -> str | None:
         """Why training should stop on all processes; `GracefulStop` asks after each step."""
-        return _in_a_line(self._broken) if self._broken and self.faults == "raise" else None
+        return _in_a_line(self._broken) if self._must_end(self._broken) else None
 
     def teardown(self, stage: str) -> None:
         """Tells what was found while reading, all processes' together.
 
         Raises:
-            UserError: with faults="raise", an item turned out broken and nothing has stopped the run.
+            UserError: with faults="raise", an item turned out broken, or in any case so many in a row, and nothing has
+                stopped the run.
         """
         broken = sorted({fault for share in _all_gather(self._broken) for fault in share})
         self._broken = []
-        if not broken:
-            return
-        if self.faults == "raise":
+        if self._must_end(broken):
             raise UserError(_in_a_line(broken))
-        if _rank() == 0:
+        if broken and _rank() == 0:
             warnings.warn(f"replaced by others while reading: {count(broken)}", stacklevel=2)
+
+    def _must_end(self, broken: Sequence[Fault]) -> bool:
+        return any(self.faults == "raise" or fault.kind == ROW for fault in broken)
 
     def _survey(self, name: str, items: Items) -> None:
         dataset = items.dataset
@@ -203,6 +217,8 @@ class DataModule(LightningDataModule):
             drop_last=training and len(order) >= batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            multiprocessing_context=loader_context() if self.num_workers else None,
+            worker_init_fn=leave_signals_to_training,
             pin_memory=self.pin_memory,
             collate_fn=_Collate(self._collate),
         )
@@ -273,7 +289,8 @@ class _Collate:
 
     def __call__(self, items: list[Item]) -> Batch:
         broken = [fault for item in items for fault in item.pop(BROKEN, [])]
-        batch = self.collate(items)
+        whole = [item for item in items if set(item) != {"index"}]
+        batch = self.collate(whole) if whole else {}
         return batch | {BROKEN: broken} if broken else batch
 
 
@@ -300,6 +317,26 @@ def _all_gather(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * _world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def _require_same(name: str, dataset: Any) -> None:
+    """Raises:
+    UserError: not all processes have the same items, such as machines with unequal copies of a folder. They would show
+        an image twice or never, and wait for each other at the end of an epoch.
+    """
+    if _world_size() == 1:
+        return
+    digest = hashlib.sha256()
+    for index in range(len(dataset) if hasattr(dataset, "name") else 0):
+        # Folders may lie elsewhere on each machine.
+        digest.update(f"{os.path.basename(dataset.name(index))}\n".encode())
+    seen = _all_gather((len(dataset), digest.hexdigest()))
+    for rank, (size, names) in enumerate(seen):
+        if (size, names) != seen[0]:
+            what = "as many, but others" if size == seen[0][0] else str(size)
+            raise UserError(
+                f"{name} data: process 0 finds {seen[0][0]} items, process {rank} {what}: copy the same files"
+            )
 
 
 def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -17,10 +17,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["item", "object"]
+Kind = Literal["item", "object", "row"]
 OnFault = Literal["raise", "skip"]
 ITEM: Kind = "item"
 OBJECT: Kind = "object"
+ROW: Kind = "row"
 
 _TOLD = 10  # faults that are told one by one
 
@@ -48,7 +49,8 @@ class Fault:
         index: the item's position in its dataset.
         file: the file to look at.
         why: what is wrong with it.
-        kind: "item" or "object": what is lost if it is skipped.
+        kind: "item" or "object": what is lost if it is skipped; "row": so many after it as well that nobody would
+            want to skip them.
     """
 
     index: int
@@ -100,7 +102,7 @@ def describe(faults: Sequence[Fault]) -> str:
 
 def count(faults: Sequence[Fault]) -> str:
     """How many items and objects are affected, in words: "2 broken items and 1 broken object"."""
-    items = len({fault.index for fault in faults if fault.kind == ITEM})
+    items = len({fault.index for fault in faults if fault.kind != OBJECT})
     objects = sum(fault.kind == OBJECT for fault in faults)
     parts = [
         f"{number} broken {word}{'s' * (number != 1)}"

@@ -32,6 +32,9 @@ BACKGROUND = "background"
 
 _NO_CLASS = -1
 _OVERHANG = 1.0  # pixels by which rounding may carry a box beyond its image
+# Pixels of a side; less would be nothing in float32, at a coordinate of thousands or after resizing, and torchvision's
+# detectors stop at a box of no width.
+_NARROWEST = 0.01
 _CROWD = ("keep", "drop")
 
 
@@ -309,13 +312,14 @@ def box_fault(box: Sequence[float], size: Size) -> str | None:
     shown = ", ".join(f"{value:g}" for value in box)
     if not all(math.isfinite(value) for value in box):
         return f"box [{shown}] is not finite"
-    if x2 <= x1 or y2 <= y1:
+    if x2 - x1 < _NARROWEST or y2 - y1 < _NARROWEST:
         return f"box [{shown}] has no area"
     if min(x1, y1) < -_OVERHANG or x2 > width + _OVERHANG or y2 > height + _OVERHANG:
         return f"box [{shown}] is outside its image of {width}x{height} pixels"
     # It may lie in the overhang alone.
     x1, y1, x2, y2 = _clamped((x1, y1, x2, y2), size)
-    return f"box [{shown}] is outside its image of {width}x{height} pixels" if x2 <= x1 or y2 <= y1 else None
+    inside = x2 - x1 >= _NARROWEST and y2 - y1 >= _NARROWEST
+    return None if inside else f"box [{shown}] is outside its image of {width}x{height} pixels"
 
 
 def _clamped(box: tuple[float, float, float, float], size: Size) -> tuple[float, float, float, float]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 import syncbn
@@ -69,7 +69,9 @@ class SegmentationTask(Task):
         self.register_buffer("image_std", _per_channel("image_std", image_std), persistent=False)
         if not bool((self.image_std > 0).all()):
             raise ValueError(f"image_std must be above 0, got {image_std}")
-        self.val_loss = MeanMetric(nan_strategy="disable")
+        # Not a MeanMetric: those of torchmetrics 1.9 forget the weights where they let NaN pass.
+        self.val_loss = SumMetric(nan_strategy="disable")
+        self.val_images = SumMetric(nan_strategy="disable")
         self.val_pixels = MulticlassConfusionMatrix(len(class_names), ignore_index=IGNORED, validate_args=False)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -91,19 +93,26 @@ class SegmentationTask(Task):
         scores = self(batch["image"])
         repeated = repeated_items(batch["index"], self.trainer.val_dataloaders)
         target = batch["semantic"].masked_fill(repeated[:, None, None], IGNORED)
-        self.val_loss.update(self.loss(scores, target), (~repeated).sum())
+        images = (~repeated).sum()
+        # 0 where all are repeated: of no pixel, torch's own losses are NaN.
+        self.val_loss.update(self.loss(scores, target).masked_fill(repeated.all(), 0) * images)
+        self.val_images.update(images)
         self.val_pixels.update(scores.argmax(1), target)
 
     # Not in the step: a process that has no step to do takes part all the same.
     def on_validation_epoch_end(self) -> None:
         iou_C, occurs_C = _iou(self.val_pixels.compute())
-        self.log("val/loss", self.val_loss.compute())
+        self.log("val/loss", self.val_loss.compute() / self.val_images.compute())
         self.log("val/miou", iou_C[occurs_C].mean(), prog_bar=True)
         for name, iou, occurs in zip(self.class_names, iou_C, occurs_C, strict=True):
             if occurs:
                 # Already the same on all processes: the metric has added up their counts.
                 self.log(f"val/iou/{name}", iou)
+
+    # A validation that was broken off leaves counts behind.
+    def on_validation_epoch_start(self) -> None:
         self.val_loss.reset()
+        self.val_images.reset()
         self.val_pixels.reset()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +15,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from syncbn.training.errors import UserError, built
 from syncbn.training.tasks.optimization import linear_scale, make_schedule, parameter_groups, scale_learning_rates
+
+_IMAGES_PER_STEP = "images_per_step"
 
 
 class Task(LightningModule):
@@ -28,7 +31,8 @@ class Task(LightningModule):
             keeps the learning rate.
         base_batch_size: the global batch, in images, that the optimizer's learning rate was found with. The rate is
             multiplied by global batch / base batch; the global batch is that of all processes and accumulated steps.
-            None: the rate is used as it is.
+            None: the rate is used as it is. A run that is resumed keeps the rate of its checkpoint, and warns if the
+            global batch is another one now.
         backbone_lr_factor: times the learning rate for the parameters of `model.backbone`.
         channels_last: memory format of the model; faster on CPUs and on tensor cores.
 
@@ -65,6 +69,8 @@ class Task(LightningModule):
         self.make_scheduler = scheduler
         self.base_batch_size = base_batch_size
         self.backbone_lr_factor = backbone_lr_factor
+        self._images_per_step: int | None = None
+        self._images_per_step_before: int | None = None  # in the checkpoint that the run goes on from
 
     @property
     def global_batch_size(self) -> int:
@@ -114,6 +120,37 @@ class Task(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def setup(self, stage: str) -> None:
+        self._images_per_step_before = None  # a checkpoint that is loaded comes after this
+
+    @property
+    def resumed_with_other_batch(self) -> bool:
+        """Whether the checkpoint that the run goes on from is of another number of images per step."""
+        before = self._images_per_step_before
+        return before is not None and self._known_global_batch_size() not in (None, before)
+
+    def _known_global_batch_size(self) -> int | None:
+        try:
+            return self.global_batch_size
+        except UserError:
+            return None
+
+    def on_train_start(self) -> None:
+        self._images_per_step = now = self._known_global_batch_size()
+        before = self._images_per_step_before
+        if self.resumed_with_other_batch:
+            rank_zero_warn(
+                f"the checkpoint is of a run with {before} images per step, over all processes, and this one has {now}:"
+                " the learning rate goes on as the checkpoint has it, and the schedule at its number of steps; with "
+                f"data.batch_size and trainer.accumulate_grad_batches it can be {before} again"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_IMAGES_PER_STEP] = self._images_per_step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._images_per_step_before = checkpoint.get(_IMAGES_PER_STEP)
+
     def log_loss(self, loss: Tensor, parts: Mapping[str, Tensor], batch_size: int) -> None:
         """Logs the training loss as `train/loss` and its parts as `train/<name>`.
 
@@ -145,13 +182,15 @@ def repeated_items(index: Tensor, loader: Any) -> Tensor:
     """Which items bool [B] of a batch the loader repeats only to give every process equally many.
 
     A DistributedSampler that does not shuffle gives process r the items r, r + P, r + 2P, ... and fills up
-    from the start, so an item of another remainder is a repetition. Counting it twice would bias a metric.
+    from the start, so an item of another remainder is a repetition. Counting it twice would bias a metric. So would
+    an item that stands in for a broken one: its index is -1.
 
     Args:
         index: the items' positions in the data set, int64 [B].
         loader: the DataLoader that they come from.
     """
+    stands_in = index < 0
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler) or sampler.shuffle:
-        return torch.zeros_like(index, dtype=torch.bool)
-    return index % sampler.num_replicas != sampler.rank
+        return stands_in
+    return stands_in | (index % sampler.num_replicas != sampler.rank)
