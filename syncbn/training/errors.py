@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 USER_ERROR_STATUS = 2
@@ -33,6 +33,11 @@ def fail(message: str, rank: int = 0) -> NoReturn:
 
 def one_line(message: str) -> str:
     return "; ".join(line.strip() for line in message.splitlines() if line.strip())
+
+
+def few(names: Sequence[object]) -> str:
+    """The first three, for a message that cannot hold them all."""
+    return ", ".join([*map(str, names[:3]), *(["..."] if len(names) > 3 else [])])
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from syncbn.training.config import (
     register_resolvers,
 )
 from syncbn.training.environment import rank_of_this_process
-from syncbn.training.errors import UserError, fail, one_line
+from syncbn.training.errors import UserError, fail, few, one_line
 from syncbn.training.models.weights import skip_weights
 
 _FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
@@ -175,13 +175,9 @@ def name_classes(cfg: DictConfig, data: LightningDataModule) -> None:
             raise UserError("class_names: the data names no classes; give a list, the background first")
     elif known is not None and len(known) != len(cfg.class_names):
         raise UserError(
-            f"class_names: the data has {len(known)} classes ({_few(known)}), "
-            f"but {len(cfg.class_names)} are named ({_few(cfg.class_names)})"
+            f"class_names: the data has {len(known)} classes ({few(known)}), "
+            f"but {len(cfg.class_names)} are named ({few(cfg.class_names)})"
         )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join([*map(str, names[:3]), *(["..."] if len(names) > 3 else [])])
 
 
 def build_from(key: str, node: DictConfig, **extra: Any) -> Any:

@@ -9,6 +9,8 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncbn.training.processes import gather
+
 # Of each metric that one process has logged in this epoch: the arguments of `log`, its sum and its count.
 _Sums = list[dict[str, Any]]
 
@@ -34,7 +36,7 @@ class ExactResume(Callback):
     # Runs on all processes; rank 0 writes what it returns.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            checkpoint[_KEY] = _all_gather(_accumulated(trainer), trainer.world_size)
+            checkpoint[_KEY] = gather(_accumulated(trainer))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -137,10 +139,3 @@ def _share(gathered: list[_Sums], rank: int, world_size: int) -> _Sums:
         if known["count"] is not None:
             known["count"] += entry["count"]
     return list(merged.values())
-
-
-def _all_gather(value: Any, world_size: int) -> list[Any]:
-    gathered = [value] * world_size
-    if world_size > 1:
-        dist.all_gather_object(gathered, value)
-    return gathered

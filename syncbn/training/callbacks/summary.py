@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from syncbn.groups import OfNode, OfSamples, OfSize
 from syncbn.inventory import FOREIGN, FROZEN, LOCAL, SYNCHRONIZED, UNAFFECTED, Row
 from syncbn.layer import SyncBatchNorm
 from syncbn.training.callbacks.console import say
+from syncbn.training.processes import world_size
 
 Line = tuple[str, str]
 _NAME_WIDTH = len("not synchronized")
@@ -149,14 +149,13 @@ def _processes(layer: nn.Module) -> int | None:
     if not isinstance(layer, SyncBatchNorm):
         return 1
     exchange = layer._exchange
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if world == 1 or exchange.grouped:
+    if world_size() == 1 or exchange.grouped:
         return exchange.world_size
     match exchange.grouping:
         case OfSize(size):
             return size
         case OfNode():
-            return int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
         case OfSamples():
             return None
     return exchange.world_size

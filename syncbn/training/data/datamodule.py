@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
 from syncbn.training.data.batches import Batch, Item, make_collate
@@ -16,7 +15,8 @@ from syncbn.training.data.faults import ITEM, ROW, Fault, count, describe, surve
 from syncbn.training.data.items import BROKEN, Items
 from syncbn.training.data.loader_processes import leave_signals_to_training, loader_context
 from syncbn.training.data.order import EpochOrder, ResumableLoader
-from syncbn.training.errors import UserError
+from syncbn.training.errors import UserError, few
+from syncbn.training.processes import gather, rank, world_size
 
 _WARNINGS = 10  # of single items; their count is told at the end
 _CHECKS = ("headers", "full", "none")
@@ -79,9 +79,8 @@ class DataModule(LightningDataModule):
         _require_choice("faults", faults, _FAULTS)
         _require_choice("check", check, _CHECKS)
         if tuple(train.class_names) != tuple(val.class_names):
-            raise ValueError(
-                f"train and val must have the same classes, got {_few(train.class_names)} and {_few(val.class_names)}"
-            )
+            different = " and ".join(f"{len(s.class_names)} ({few(s.class_names)})" for s in (train, val))
+            raise ValueError(f"train and val must have the same classes, got {different}")
         self.class_names: tuple[str, ...] = tuple(train.class_names)
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
@@ -166,11 +165,11 @@ class DataModule(LightningDataModule):
             UserError: with faults="raise", an item turned out broken, or in any case so many in a row, and nothing has
                 stopped the run.
         """
-        broken = sorted({fault for share in _all_gather(self._broken) for fault in share})
+        broken = sorted({fault for share in gather(self._broken) for fault in share})
         self._broken = []
         if self._must_end(broken):
             raise UserError(_in_a_line(broken))
-        if broken and _rank() == 0:
+        if broken and rank() == 0:
             warnings.warn(f"replaced by others while reading: {count(broken)}", stacklevel=2)
 
     def _must_end(self, broken: Sequence[Fault]) -> bool:
@@ -178,8 +177,8 @@ class DataModule(LightningDataModule):
 
     def _survey(self, name: str, items: Items) -> None:
         dataset = items.dataset
-        share = survey(dataset, range(_rank(), len(dataset), _world_size()), decode=self.check == "full")
-        found = sorted(fault for share in _all_gather(share) for fault in share)
+        share = survey(dataset, range(rank(), len(dataset), world_size()), decode=self.check == "full")
+        found = sorted(fault for share in gather(share) for fault in share)
         if not found:
             return
         told = f"{name} data: {_in_a_line(found)}"
@@ -188,7 +187,7 @@ class DataModule(LightningDataModule):
         items.leave_out({fault.index for fault in found if fault.kind == ITEM})
         if not len(items):
             raise UserError(f"{told}; nothing is left")
-        if _rank() == 0:
+        if rank() == 0:
             self._list_left_out(name, found)
             warnings.warn(f"{told}; left out", stacklevel=2)
 
@@ -201,14 +200,14 @@ class DataModule(LightningDataModule):
             file.writelines(f"{name}\t{fault.kind}\t{fault.file}\t{fault.why}\n" for fault in found)
 
     def _loader(self, items: Items, batch_size: int, training: bool) -> ResumableLoader:
-        world_size, rank = _world_size(), _rank()
+        processes, this = world_size(), rank()
         if self.trainer is not None and self.trainer.distributed_sampler_kwargs is not None:
             # A strategy may count several processes as one where data is concerned.
-            world_size = self.trainer.distributed_sampler_kwargs["num_replicas"]
-            rank = self.trainer.distributed_sampler_kwargs["rank"]
+            processes = self.trainer.distributed_sampler_kwargs["num_replicas"]
+            this = self.trainer.distributed_sampler_kwargs["rank"]
         # In training nothing is shown twice; a validation metric must see all, and leaves out what is repeated.
-        drop_last = training and len(items) >= world_size
-        order = EpochOrder(items, world_size, rank, shuffle=training, seed=self.seed, drop_last=drop_last)
+        drop_last = training and len(items) >= processes
+        order = EpochOrder(items, processes, this, shuffle=training, seed=self.seed, drop_last=drop_last)
         return ResumableLoader(
             items,
             batch_size=batch_size,
@@ -299,43 +298,23 @@ def _in_a_line(faults: Sequence[Fault]) -> str:
     return f"{first} {'; '.join(line.strip() for line in others)}"
 
 
-def _few(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(map(str, names[:3]))}{', ...' * (len(names) > 3)})"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _all_gather(value: Any) -> list[Any]:
-    if _world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * _world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
 def _require_same(name: str, dataset: Any) -> None:
     """Raises:
     UserError: not all processes have the same items, such as machines with unequal copies of a folder. They would show
         an image twice or never, and wait for each other at the end of an epoch.
     """
-    if _world_size() == 1:
+    if world_size() == 1:
         return
     digest = hashlib.sha256()
     for index in range(len(dataset) if hasattr(dataset, "name") else 0):
         # Folders may lie elsewhere on each machine.
         digest.update(f"{os.path.basename(dataset.name(index))}\n".encode())
-    seen = _all_gather((len(dataset), digest.hexdigest()))
-    for rank, (size, names) in enumerate(seen):
+    seen = gather((len(dataset), digest.hexdigest()))
+    for other, (size, names) in enumerate(seen):
         if (size, names) != seen[0]:
             what = "as many, but others" if size == seen[0][0] else str(size)
             raise UserError(
-                f"{name} data: process 0 finds {seen[0][0]} items, process {rank} {what}: copy the same files"
+                f"{name} data: process 0 finds {seen[0][0]} items, process {other} {what}: copy the same files"
             )
 
 

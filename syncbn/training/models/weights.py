@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from syncbn.training.environment import rank_of_this_process
+from syncbn.training.errors import few
 
 DOWNLOAD = "download"
 CLASS_HEADS = ("auto", "fresh", "kept")
@@ -208,16 +209,12 @@ def _require_fit(
         if key in own and found[key].shape != own[key].shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    told = [f"{len(keys)} {problem} ({_few(keys)})" for problem, keys in problems.items() if keys]
+    told = [f"{len(keys)} {problem} ({few(keys)})" for problem, keys in problems.items() if keys]
     if told:
         raise ValueError(
             f"{option}: {source} does not fit the model, of whose {len(own)} tensors: {'; '.join(told)}{hint}"
         )
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
-
-
 def _what(content: Any) -> str:
-    return f"a mapping of {_few([str(k) for k in content])}" if isinstance(content, Mapping) else type(content).__name__
+    return f"a mapping of {few([str(k) for k in content])}" if isinstance(content, Mapping) else type(content).__name__
