@@ -15,6 +15,7 @@ from .region import padding_mask, valid_region
 from .surgery import convert, revert
 from .together import BatchNormList, normalize_together
 from .uneven import even_batches
+from .verification import verify
 
 __all__ = [
     "BatchNormList",
@@ -36,4 +37,5 @@ __all__ = [
     "sync_batch_norm",
     "unfreeze",
     "valid_region",
+    "verify",
 ]

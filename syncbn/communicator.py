@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from .groups import Groups
+from .progress import Progress
 
 _LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 _NCCL_WITH_LAUNCH_ORDER = (2, 26)
@@ -22,6 +23,9 @@ _LAUNCH_ORDER_NEEDS = (
     f"NCCL >= {'.'.join(map(str, _NCCL_WITH_LAUNCH_ORDER))} and {_LAUNCH_ORDER}=1 from the start. Set it in the job's "
     f"environment, or import syncbn before torch.distributed.init_process_group."
 )
+_DESCRIPTION = "syncbn"  # of the process groups that are made here
+# Such a group gives up so much later than its watchdog, which can say more.
+SLACK = timedelta(seconds=30)
 _NCCL_MAX_CTAS = 4  # a message of a few kilobytes needs no more, and leaves the GPU to the model
 
 
@@ -54,14 +58,31 @@ def reference(group: Any) -> Reference:
 
 
 class Communicator:
-    """A process group and the tags that are taken on it."""
+    """A process group, the layers that have tags on it, and how far this process has come on it."""
 
     def __init__(self, group: Any) -> None:
         self._group = reference(group)
         self._world = reference(dist.group.WORLD)
         self.ranks = ranks_of(group)
         self.devices = frozenset(device.type for device in group._device_types)
-        self.next_tag = 1
+        self.progress = Progress()
+        self.names: list[str] = []  # of all layers that have met on it, in the order of their tags
+        self.guarded = False
+
+    @property
+    def next_tag(self) -> int:
+        """The first number that no layer has."""
+        return 1 + len(self.names)
+
+    @property
+    def made_here(self) -> bool:
+        """Whether the process group is not the user's."""
+        return bool(self.group.group_desc == _DESCRIPTION)
+
+    @property
+    def timeout(self) -> timedelta:
+        """The process group's own."""
+        return _timeout_of(self.group)
 
     @property
     def alive(self) -> bool:
@@ -152,13 +173,13 @@ def _new_groups(groups: Groups, timeout: timedelta | None) -> Any:
 def _options(timeout: timedelta | None) -> dict[str, Any]:
     """What a communicator for small messages beside large ones is made with."""
     world = dist.group.WORLD
-    timeout = timeout or _timeout_of(world)
+    timeout = (timeout or _timeout_of(world)) + SLACK
     if not _uses_nccl(world):
-        return {"timeout": timeout, "group_desc": "syncbn"}
+        return {"timeout": timeout, "group_desc": _DESCRIPTION}
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = _NCCL_MAX_CTAS
     options._timeout = timeout
-    return {"timeout": timeout, "pg_options": options, "group_desc": "syncbn"}
+    return {"timeout": timeout, "pg_options": options, "group_desc": _DESCRIPTION}
 
 
 def _timeout_of(group: Any) -> timedelta:

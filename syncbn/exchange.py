@@ -28,7 +28,9 @@ from .communicator import (
     resolve,
 )
 from .groups import ALL, Member, OfSamples, grouping, meet
+from .guard import asked_timeout, guard, meeting
 from .peers import ALONE, Connected, Peers
+from .traffic import OF_NO_LAYER, Traffic
 
 _numbers = itertools.count()
 
@@ -42,8 +44,10 @@ class Exchange:
         dedicated: for all processes, whether to use a communicator beside the default group, so that a layer's few
             kilobytes do not wait behind DistributedDataParallel's gradient buckets. It is made once per process, at
             the first exchange of any model, in which all processes take part.
-        timeout: how long an exchange on the dedicated communicator may take; None for the default group's timeout. It
-            is that of the model which makes the communicator.
+        timeout: how long an exchange may take before this process says where all processes are, and ends: longer than
+            the slowest of them may ever need between two exchanges, for a recompilation or a checkpoint. None for the
+            process group's timeout, which it cannot exceed. It is that of the first model on a communicator.
+            ``SYNCBN_TIMEOUT`` in the environment, in seconds, has the last word.
         group_size: in place of a process group, how many consecutive ranks form their statistics together; "node" for
             the processes of one host.
         statistics_batch: in place of these, how many samples the statistics shall see. All processes are divided into
@@ -52,12 +56,12 @@ class Exchange:
 
     Raises:
         ValueError: ``process_group`` has more than one dimension, or this process is not a member of it, or
-            ``group_size`` does not divide the number of processes, or there are two of those options.
-        TypeError: ``process_group`` is none of the above, or a number is not whole.
+            ``group_size`` does not divide the number of processes, or there are two of those options, or ``timeout``
+            is not positive.
+        TypeError: ``process_group`` is none of the above, or a number is not whole, or ``timeout`` is no timedelta.
 
     Attributes:
-        calls: how many all-reduces this process has taken part in.
-        bytes: how many bytes these had.
+        traffic: what this process has exchanged, by layer and direction.
         number: which Exchange of this process it is.
     """
 
@@ -70,6 +74,7 @@ class Exchange:
         group_size: int | Literal["node"] | None = None,
         statistics_batch: int | None = None,
     ) -> None:
+        _require_positive(timeout)
         self.grouping = grouping(process_group, group_size, statistics_batch)
         if initialized():
             self.grouping.require_possible(dist.get_world_size())
@@ -79,14 +84,27 @@ class Exchange:
         self._identity = None if group is None else (str(group.group_name), tuple(ranks_of(group)))
         self.dedicated = dedicated
         self.timeout = timeout
-        self.calls = 0
-        self.bytes = 0
+        self.traffic = Traffic()
         self._layers: list[str] = []
         self._communicator: Communicator | None = None
         self._first_tag = 0
         # That of this process's group: it stays what it is when layers are added and the processes meet again.
         self._own: Communicator | None = None
         self.number = next(_numbers)
+
+    @property
+    def calls(self) -> int:
+        """How many all-reduces this process has taken part in."""
+        return self.traffic.calls
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes these had."""
+        return self.traffic.bytes
+
+    def layer_name(self, index: int) -> str:
+        """What the layer is called in its model, such as "backbone.bn1"."""
+        return self._layers[index].partition("(")[0]
 
     @property
     def process_group(self) -> Any:
@@ -178,18 +196,23 @@ class Exchange:
                 "training step, or call exchange.connect(device), before the capture"
             )
         group = self._group()
-        communicator = self._own_of_all(device, batch_size) if group is None else communicators.of(group)
+        first = communicators.of(dist.group.WORLD if group is None else group)
+        require_device(first, device)
+        with meeting(first, self.timeout):
+            self._meet(first if group is not None else self._own_of_all(first, device, batch_size), device)
+
+    def _meet(self, communicator: Communicator, device: torch.device) -> None:
+        """Agrees with the other processes on the layers and takes tags for them."""
         require_device(communicator, device)
         if len(communicator.ranks) > 1:
             _require_same_layers(communicator, self._layers, device)
         self._first_tag = communicator.next_tag
-        communicator.next_tag += len(self._layers)
+        communicator.names += [self.layer_name(index) for index in range(len(self._layers))]
+        guard(communicator, self.timeout)
         self._communicator = communicator
 
-    def _own_of_all(self, device: torch.device, batch_size: int | None) -> Communicator:
+    def _own_of_all(self, world: Communicator, device: torch.device, batch_size: int | None) -> Communicator:
         """The communicator of the group in which this one of all processes is. Collective over all of them."""
-        world = communicators.of(dist.group.WORLD)
-        require_device(world, device)
         members = [Member(host=0, samples=None)]
         if len(world.ranks) > 1:
             asked = f"{self.grouping}{'' if self.dedicated else ', not dedicated'}"
@@ -197,33 +220,42 @@ class Exchange:
                 asked += ", which has formed its groups before"
             members = meet(asked, batch_size, device)
         if not self.grouped:
-            groups = self.grouping.divide(members)
+            groups, timeout = self.grouping.divide(members), asked_timeout(self.timeout)
             if len(groups) > 1:
-                self._own = communicators.of_own_among(groups, self.timeout)
+                self._own = communicators.of_own_among(groups, timeout)
             else:
-                self._own = communicators.dedicated(self.timeout) if self.dedicated else world
+                self._own = communicators.dedicated(timeout) if self.dedicated else world
         assert self._own is not None
         return self._own
 
-    def all_reduce(self, message: Tensor) -> None:
+    def all_reduce(self, message: Tensor, tag: int = 0) -> None:
         """Sums ``message`` over all processes, in place.
 
+        Args:
+            message: of any shape and dtype, the same on all processes.
+            tag: which layer and direction it belongs to; 0 for none.
+
         Raises:
-            RuntimeError: the group cannot reduce tensors on the message's device.
+            RuntimeError: the group cannot reduce tensors on the message's device; another process has ended; or, with
+                ``SYNCBN_CHECK=1``, the processes meet in different layers, directions or calls.
         """
         communicator = self.connected(message.device)
-        dist.all_reduce(message, group=communicator.group)
-        self.calls += 1
-        self.bytes += message.nbytes
+        with self._counted(tag, message), communicator.progress.of(tag, message):
+            dist.all_reduce(message, group=communicator.group)
 
-    def differentiable_all_reduce(self, message: Tensor) -> Tensor:
+    def differentiable_all_reduce(self, message: Tensor, tag: int = 0) -> Tensor:
         """The sum of ``message`` over all processes as a new tensor; its gradient is summed over them, too."""
         from torch.distributed import _functional_collectives
 
         communicator = self.connected(message.device)
-        self.calls += 1
-        self.bytes += message.nbytes
-        return _functional_collectives.all_reduce(message, "sum", communicator.group)
+        with self._counted(tag, message), communicator.progress.of(tag, message, differentiable=True):
+            total = _functional_collectives.all_reduce(message, "sum", communicator.group)
+            return _functional_collectives.wait_tensor(total)  # here, where it is known who waits for what
+
+    def _counted(self, tag: int, message: Tensor) -> Any:
+        number, backward = divmod(tag, 2)
+        index = number - self._first_tag if tag else OF_NO_LAYER
+        return self.traffic.counted(index, "backward" if backward else "forward", message)
 
     def connected(self, device: torch.device) -> Communicator:
         """The communicator for messages on ``device``; see ``connect``."""
@@ -254,6 +286,7 @@ class Exchange:
             "_communicator": None,
             "_own": None,
             "_first_tag": 0,
+            "traffic": Traffic(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -266,9 +299,9 @@ class Exchange:
         memo[id(self)] = copy
         return copy
 
-    def renewed(self) -> Exchange:
-        """An Exchange with the same options and no layers yet."""
-        renewed = Exchange(None, self.dedicated, self.timeout)
+    def renewed(self, timeout: timedelta | None = None) -> Exchange:
+        """An Exchange with the same options, but for a timeout that is given, and no layers yet."""
+        renewed = Exchange(None, self.dedicated, self.timeout if timeout is None else timeout)
         renewed._own_group, renewed._identity, renewed.grouping = self._own_group, self._identity, self.grouping
         return renewed
 
@@ -282,6 +315,13 @@ class Exchange:
         if self.grouping == ALL:
             return f"Exchange({ranks or self.grouping})"
         return f"Exchange({self.grouping}{ranks and f': {ranks}'})"
+
+
+def _require_positive(timeout: timedelta | None) -> None:
+    if timeout is not None and not isinstance(timeout, timedelta):
+        raise TypeError(f"expected timeout to be a datetime.timedelta, got {type(timeout).__name__}")
+    if timeout is not None and timeout <= timedelta(0):
+        raise ValueError(f"expected a positive timeout, got {timeout}")
 
 
 def _require_same_layers(communicator: Communicator, layers: list[str], device: torch.device) -> None:

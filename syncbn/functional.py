@@ -14,6 +14,7 @@ from .kernels import Backend, Layer, backend_for, reference
 from .kernels.activation import activate, kept_for_backward, require_activation
 from .kernels.precision import computing_dtype
 from .moments import Running, settle
+from .observed import named, sum_of
 from .peers import ALONE, Peers, Source
 
 
@@ -155,7 +156,9 @@ def operands(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor |
     numbers.append(peers.world_size)
     x, residual, weight, bias, mask = distinct([call.x, call.residual, weight, bias, call.mask])
     assert x is not None
-    return x, residual, weight, bias, mask, Frame(numbers, call.running, call.backend, peers)
+    # A graph has no use for its source, which is more than constants.
+    source = None if torch.compiler.is_dynamo_compiling() else call.source
+    return x, residual, weight, bias, mask, Frame(numbers, call.running, call.backend, peers, source, call.number)
 
 
 def distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -175,6 +178,8 @@ class Frame(NamedTuple):
     running: Running | None
     backend: Backend
     peers: Peers
+    source: Source | None = None  # where these are from; None in what is traced
+    number: int = 0  # of the layer, there
 
 
 class _Normalize(torch.autograd.Function):
@@ -190,8 +195,9 @@ class _Normalize(torch.autograd.Function):
         mask: Tensor | None,
         frame: Frame,
     ) -> Tensor:
-        message, outputs = begin_forward(frame, x, residual, weight, bias, mask)
-        y, saved = outputs(frame.peers.sum_moments(message))
+        with named("forward", frame):
+            message, outputs = begin_forward(frame, x, residual, weight, bias, mask)
+            y, saved = outputs(sum_of("forward", (frame,), message))
         ctx.save_for_backward(*saved)
         ctx.frame = frame
         return y
@@ -199,12 +205,13 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         frame, saved = ctx.frame, ctx.saved_tensors
-        if torch.is_grad_enabled():  # gradients of these gradients will be asked for
-            frame, saved = differentiable(frame, saved, frame.peers.sum_moments(moments_again(frame, saved)))
-        message, gradients = begin_backward(frame, saved, dy, ctx.needs_input_grad)
-        if ctx.needs_input_grad[0]:
-            message = frame.peers.sum_grad_moments(message)
-        return *gradients(message), None
+        with named("backward", frame):
+            if torch.is_grad_enabled():  # gradients of these gradients will be asked for
+                frame, saved = differentiable(frame, saved, sum_of("forward", (frame,), moments_again(frame, saved)))
+            message, gradients = begin_backward(frame, saved, dy, ctx.needs_input_grad)
+            if ctx.needs_input_grad[0]:
+                message = sum_of("backward", (frame,), message)
+            return *gradients(message), None
 
 
 # ---- the two halves of each direction, between which messages are summed
@@ -222,7 +229,7 @@ def begin_forward(
     mask: Tensor | None,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Saved]]]:
     """The forward message; and what makes of its sum y and all that backward needs."""
-    numbers, running, backend, peers = frame
+    numbers, running, backend, peers, *_ = frame
     message, scratch = backend.moments(x, mask, peers.forward_tag)
 
     def outputs(message: Tensor) -> tuple[Tensor, Saved]:
@@ -241,7 +248,7 @@ def begin_backward(
     Where x needs none, the message need not be summed.
     """
     x, weight, bias, mask, kept, *stats = saved
-    numbers, _, backend, peers = frame
+    numbers, _, backend, peers, *_ = frame
     layer = Layer(weight, bias, *numbers)
     needs_dx, needs_dresidual, *_ = needs_input_grad
     # γ's and β's gradients are this process's own sums: DistributedDataParallel averages them with all others.

@@ -69,13 +69,13 @@ def unfuse(module: nn.Module) -> None:
         TypeError: another library has changed a class since.
     """
     whole = _whole(module)
-    torn = [name or "the module" for name, each in module.named_modules() if _PART in vars(each) and each not in whole]
+    torn = [name or "the module" for name, each in module.named_modules() if PART in vars(each) and each not in whole]
     if torn:
         raise ValueError(
             f"{', '.join(torn[:5])}: fused by syncbn.fuse with modules outside of this one. Revert the model that was "
             f"fused"
         )
-    covered = [type(each).__name__ for each in whole if vars(each)[_PART].swapped and _UNFUSED not in vars(type(each))]
+    covered = [type(each).__name__ for each in whole if vars(each)[PART].swapped and _UNFUSED not in vars(type(each))]
     if covered:
         raise TypeError(
             f"cannot undo syncbn.fuse for {', '.join(covered)}: another library has changed the class since. Undo "
@@ -90,7 +90,7 @@ def _report(layers: list[SyncBatchNorm], sites: Sites) -> None:
             why = sites.reasons.get(layer, NO_ACTIVATION)
             level = logging.DEBUG if why == NO_ACTIVATION else logging.INFO
             _logger.log(level, "%s is not fused: %s", sites.names[layer][0] or "the layer", why)
-    fused = sum(_PART in vars(layer) for layer in layers)
+    fused = sum(PART in vars(layer) for layer in layers)
     _logger.info("%d of %d SyncBatchNorm layers are fused with the activation after them", fused, len(layers))
 
 
@@ -111,12 +111,12 @@ class Part:
     instead_of: nn.Module | None = None  # the activation in whose place this one lets its input pass
 
 
-_PART = "_fusion"
+PART = "_fusion"
 
 
 def _whole(module: nn.Module) -> set[nn.Module]:
     """The fused modules of which all that is to be undone together is inside ``module``."""
-    fused = {each: vars(each)[_PART] for each in module.modules() if _PART in vars(each)}
+    fused = {each: vars(each)[PART] for each in module.modules() if PART in vars(each)}
     there = {(part.group, part.role) for part in fused.values()}
     torn = {part.group for part in fused.values() if part.needs and (part.group, part.needs) not in there}
     return {each for each, part in fused.items() if part.group not in torn}
@@ -174,7 +174,7 @@ def _fuse_layer(owner: Owner, match: Match, group: str, needs: str) -> None:
     if not isinstance(layer, SyncBatchNorm):
         raise TypeError(f"expected a SyncBatchNorm, got {type(layer).__name__}")
     before = tuple((name, vars(layer)[name]) for name in _ACTIVATION if name in vars(layer))
-    vars(layer)[_PART] = Part(group, "layer", needs, before, swapped=False)
+    vars(layer)[PART] = Part(group, "layer", needs, before, swapped=False)
     layer.fuse_activation(match.site.activation, match.site.slope)
     _describe_again(layer)
 
@@ -183,13 +183,13 @@ _ACTIVATION = ("_fused_activation", "_fused_slope")
 
 
 def _undo(root: nn.Module, fused: set[nn.Module]) -> None:
-    passing = {each: original for each in fused if (original := vars(each)[_PART].instead_of) is not None}
+    passing = {each: original for each in fused if (original := vars(each)[PART].instead_of) is not None}
     for module in list(root.modules()):
         for name, child in module._modules.items():
             if child in passing:
                 module._modules[name] = passing[child]
     for module in fused:
-        part = vars(module).pop(_PART)
+        part = vars(module).pop(PART)
         if part.swapped:
             object.__setattr__(module, "__class__", vars(type(module))[_UNFUSED])
         elif isinstance(module, SyncBatchNorm):
@@ -291,7 +291,7 @@ _made: dict[tuple[type, str, Code | None], type] = {}
 
 
 def _become(module: nn.Module, part: Part) -> None:
-    vars(module)[_PART] = part
+    vars(module)[PART] = part
     object.__setattr__(module, "__class__", _fused_class(type(module), part))
 
 
@@ -316,7 +316,7 @@ def _pass(original: type) -> Callable[..., Any]:
     @wraps(original.forward)  # type: ignore[attr-defined]
     def forward(self: nn.Module, input: Any) -> Any:
         """The layer before has applied the activation already."""
-        return input if _PART in vars(self) else original.forward(self, input)  # type: ignore[attr-defined]
+        return input if PART in vars(self) else original.forward(self, input)  # type: ignore[attr-defined]
 
     return forward
 
@@ -326,9 +326,9 @@ def _forward(original: type, code: Code | None) -> Callable[..., Any]:
 
     @wraps(original.forward)  # type: ignore[attr-defined]
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _PART not in vars(self):  # one that somebody has made of the fused module's class
+        if PART not in vars(self):  # one that somebody has made of the fused module's class
             return original.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        for read in vars(self)[_PART].reads:
+        for read in vars(self)[PART].reads:
             if not read.still_true(self):
                 raise RuntimeError(
                     f"{type(self).__name__}: {_spelled(read)} is not what it was when syncbn.fuse followed forward, "
@@ -352,7 +352,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
         return object.__reduce_ex__(self, protocol)
     make, arguments, *rest = original.__reduce_ex__(self, protocol)
     arguments = tuple(original if each is fused else each for each in arguments)
-    return rebuild, (original, vars(self)[_PART], make, arguments), *rest
+    return rebuild, (original, vars(self)[PART], make, arguments), *rest
 
 
 def rebuild(original: type, part: Part, make: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:

@@ -215,7 +215,7 @@ def meet(asked: str, samples: int | None, device: torch.device) -> list[Member]:
     Raises:
         RuntimeError: the processes were asked for unlike groups. It is raised on all of them, before any group is made.
     """
-    mine = torch.tensor([_digest(asked), _digest(_host()), -1 if samples is None else samples], device=device)
+    mine = torch.tensor([_digest(asked), _digest(host_identity()), -1 if samples is None else samples], device=device)
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyones, mine)
     said = torch.stack(everyones).tolist()
@@ -237,7 +237,7 @@ def _digest(text: str) -> int:
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def _host() -> str:
+def host_identity() -> str:
     """What tells hosts apart: names alone do not, where all are called localhost. As NCCL does, and at its word."""
     if (given := os.environ.get("NCCL_HOSTID")) is not None:
         return given

@@ -90,14 +90,15 @@ class HostCommunicators:
         found = self._made.get(ranks)
         if found is None or not found.alive:
             self._made = {key: each for key, each in self._made.items() if each.alive}
-            found = self._made[ranks] = HostCommunicator(_new_group(group))
+            found = self._made[ranks] = HostCommunicator(new_group_on_host(group))
         return found
 
 
 host_communicators = HostCommunicators()
 
 
-def _new_group(group: Any) -> Any:
+def new_group_on_host(group: Any) -> Any:
+    """A gloo group of the processes of ``group``; of all, if it is None."""
     options: dict[str, Any] = {
         "backend": "gloo",
         "timeout": _timeout_of(group or dist.group.WORLD),

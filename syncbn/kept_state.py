@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """A block after which the model's modes and buffers, and the random state, are what they were, whatever happens."""
-    with _random_state_kept(model), _buffers_kept(model), _modes_kept(model):
+    with random_state_kept(model), _buffers_kept(model), _modes_kept(model):
         yield
 
 
@@ -63,7 +63,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
+def random_state_kept(model: nn.Module) -> Iterator[None]:
     """PyTorch's on the CPU and on the model's devices, Python's, and NumPy's where it is in use."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     numpy = sys.modules.get("numpy")

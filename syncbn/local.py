@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -89,10 +90,10 @@ class _LocalExchange(Exchange):
     def connect(self, device: torch.device, batch_size: int | None = None) -> None:
         pass
 
-    def all_reduce(self, message: Tensor) -> None:
+    def all_reduce(self, message: Tensor, tag: int = 0) -> None:
         pass
 
-    def differentiable_all_reduce(self, message: Tensor) -> Tensor:
+    def differentiable_all_reduce(self, message: Tensor, tag: int = 0) -> Tensor:
         return message
 
     def register(self, description: str) -> int:
@@ -101,8 +102,8 @@ class _LocalExchange(Exchange):
     def describe_again(self, index: int, description: str) -> None:
         self._instead_of.describe_again(index, description)
 
-    def renewed(self) -> Exchange:
-        return self._instead_of.renewed()
+    def renewed(self, timeout: timedelta | None = None) -> Exchange:
+        return self._instead_of.renewed(timeout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _LocalExchange:
         local = memo[id(self)] = _LocalExchange(copy.deepcopy(self._instead_of, memo))

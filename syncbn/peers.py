@@ -74,15 +74,15 @@ class Connected(NamedTuple):
         return self.exchange._communicator
 
     def sum_moments(self, message: Tensor) -> Tensor:
-        return self._sum(message)
+        return self._sum(message, self.forward_tag)
 
     def sum_grad_moments(self, message: Tensor) -> Tensor:
-        return self._sum(message)
+        return self._sum(message, self.backward_tag)
 
-    def _sum(self, message: Tensor) -> Tensor:
+    def _sum(self, message: Tensor, tag: int) -> Tensor:
         if torch.is_grad_enabled():
-            return self.exchange.differentiable_all_reduce(message)
-        self.exchange.all_reduce(message)
+            return self.exchange.differentiable_all_reduce(message, tag)
+        self.exchange.all_reduce(message, tag)
         return message
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from datetime import timedelta
 from functools import wraps
 from typing import Any, Literal, TypeVar
 
@@ -33,6 +34,7 @@ def convert(
     *,
     group_size: int | Literal["node"] | None = None,
     statistics_batch: int | None = None,
+    timeout: timedelta | None = None,
 ) -> Module:
     """Synchronizes the batch normalization layers of ``module``, in place, over all processes.
 
@@ -54,6 +56,8 @@ def convert(
             consecutive ranks, which need not be made before. "node" for the processes of each node.
         statistics_batch: in place of these, how many samples the statistics shall see, whatever the number of
             processes: groups of consecutive ranks whose batches come nearest to it.
+        timeout: how long an exchange may take before the process says where all processes are, and ends; None for
+            the process group's timeout. See ``Exchange``, which has its own.
 
     Returns:
         ``module`` itself.
@@ -62,13 +66,14 @@ def convert(
         TypeError: a layer cannot be synchronized without changing what it does. It is named, and nothing is
             changed.
         ValueError: a name or a pattern matches no layer, or this process is not in ``process_group``, or
-            ``group_size`` does not divide the number of processes, or two options say over whom.
+            ``group_size`` does not divide the number of processes, or two options say over whom, or ``timeout`` is
+            not positive, or there is one beside an Exchange.
     """
     found = batch_norms(module)
     chosen, left = select(found, include, exclude)
-    given = _given_exchange(process_group, group_size, statistics_batch)
+    given = _given_exchange(process_group, group_size, statistics_batch, timeout)
     _require_convertible(module, chosen, given is not None)
-    exchanges = _exchanges(chosen, given)
+    exchanges = _exchanges(chosen, given, timeout)
     _swap_classes([each.layer for each in chosen])
     for each, exchange in zip(chosen, exchanges, strict=True):
         _synchronize(each.layer, exchange, each.name)
@@ -170,32 +175,36 @@ def _require_no_threads(module: nn.Module) -> None:
 # ---- through which exchange
 
 
-def _given_exchange(process_group: Any, group_size: Any, statistics_batch: Any) -> Exchange | None:
+def _given_exchange(
+    process_group: Any, group_size: Any, statistics_batch: Any, timeout: timedelta | None
+) -> Exchange | None:
     """The exchange that the user's options mean; None where each layer has its own say."""
     if isinstance(process_group, Exchange):
         grouping(process_group, group_size, statistics_batch)  # takes no second option
+        if timeout is not None:
+            raise ValueError("expected an Exchange or a timeout, got both: pass Exchange(timeout=...)")
         return process_group
     if process_group is group_size is statistics_batch is None:
         return None
-    return Exchange(process_group, group_size=group_size, statistics_batch=statistics_batch)
+    return Exchange(process_group, timeout=timeout, group_size=group_size, statistics_batch=statistics_batch)
 
 
-def _exchanges(chosen: list[Found], given: Exchange | None) -> list[Exchange]:
+def _exchanges(chosen: list[Found], given: Exchange | None, timeout: timedelta | None) -> list[Exchange]:
     """Each layer's exchange: one for all layers with the same processes."""
     if given is not None:
         return [given for _ in chosen]
     by_options: dict[tuple[Any, ...], Exchange] = {}
-    own = [_own_exchange(each.layer) for each in chosen]
+    own = [_own_exchange(each.layer, timeout) for each in chosen]
     return [by_options.setdefault(each.options, each) for each in own]
 
 
-def _own_exchange(layer: nn.Module) -> Exchange:
+def _own_exchange(layer: nn.Module, timeout: timedelta | None) -> Exchange:
     """An exchange over the processes that the layer itself asks for."""
     if isinstance(layer, SyncBatchNorm):
-        return layer._exchange.renewed()
+        return layer._exchange.renewed(timeout)
     recipe = recipe_of(anchor_of(type(layer)) or type(layer))
     group = vars(layer).get(recipe.group) if recipe is not None and recipe.group is not None else None
-    return Exchange(group)
+    return Exchange(group, timeout=timeout)
 
 
 def _synchronize(layer: nn.Module, exchange: Exchange, name: str) -> None:

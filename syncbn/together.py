@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,7 +22,8 @@ from .functional import (
     operands,
 )
 from .layer import SyncBatchNorm
-from .peers import Peers
+from .observed import named, sum_of
+from .traffic import Direction
 
 
 def normalize_together(layers: Iterable[nn.Module], inputs: Iterable[Tensor]) -> list[Tensor]:
@@ -161,9 +162,10 @@ class _NormalizeTogether(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, frames: tuple[Frame, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        begun = [begin_forward(frame, *each) for frame, each in zip(frames, _by_call(tensors), strict=True)]
-        messages = _summed(frames, [message for message, _ in begun], _sum_moments)
-        ended = [outputs(message) for (_, outputs), message in zip(begun, messages, strict=True)]
+        with named("forward", *frames):
+            begun = [begin_forward(frame, *each) for frame, each in zip(frames, _by_call(tensors), strict=True)]
+            messages = _summed("forward", frames, [message for message, _ in begun])
+            ended = [outputs(message) for (_, outputs), message in zip(begun, messages, strict=True)]
         ys = tuple(y for y, _ in ended)
         ctx.save_for_backward(*chain.from_iterable(saved for _, saved in ended))
         ctx.lengths = [len(saved) for _, saved in ended]
@@ -178,16 +180,17 @@ class _NormalizeTogether(torch.autograd.Function):
         gradients: list[Sequence[Tensor | None]] = [[None] * _TENSORS for _ in frames]
         asked = [i for i, each in enumerate(needs) if any(each)]
         parts = [(frames[i], saved[i]) for i in asked]
-        if torch.is_grad_enabled():  # gradients of these gradients will be asked for
-            parts = _differentiable(parts)
-        begun = [begin_backward(*part, dys[i], needs[i]) for i, part in zip(asked, parts, strict=True)]
-        messages = [message for message, _ in begun]
-        exchanged = [k for k, i in enumerate(asked) if needs[i][0]]
-        sums = _summed([parts[k][0] for k in exchanged], [messages[k] for k in exchanged], _sum_grad_moments)
-        for k, message in zip(exchanged, sums, strict=True):
-            messages[k] = message
-        for i, (_, of), message in zip(asked, begun, messages, strict=True):
-            gradients[i] = of(message)
+        with named("backward", *(frames[i] for i in asked)):
+            if torch.is_grad_enabled():  # gradients of these gradients will be asked for
+                parts = _differentiable(parts)
+            begun = [begin_backward(*part, dys[i], needs[i]) for i, part in zip(asked, parts, strict=True)]
+            messages = [message for message, _ in begun]
+            exchanged = [k for k, i in enumerate(asked) if needs[i][0]]
+            sums = _summed("backward", [parts[k][0] for k in exchanged], [messages[k] for k in exchanged])
+            for k, message in zip(exchanged, sums, strict=True):
+                messages[k] = message
+            for i, (_, of), message in zip(asked, begun, messages, strict=True):
+                gradients[i] = of(message)
         return None, *_flat(gradients)
 
 
@@ -197,24 +200,14 @@ def _split(saved: Sequence[Any], lengths: list[int]) -> list[Saved]:
 
 
 def _differentiable(parts: list[tuple[Frame, Saved]]) -> list[tuple[Frame, Saved]]:
-    messages = _summed([frame for frame, _ in parts], [moments_again(*part) for part in parts], _sum_moments)
+    messages = _summed("forward", [frame for frame, _ in parts], [moments_again(*part) for part in parts])
     return [differentiable(*part, message) for part, message in zip(parts, messages, strict=True)]
 
 
 # ---- the exchange
 
-_Sum = Callable[[Peers, Tensor], Tensor]
 
-
-def _sum_moments(peers: Peers, message: Tensor) -> Tensor:
-    return peers.sum_moments(message)
-
-
-def _sum_grad_moments(peers: Peers, message: Tensor) -> Tensor:
-    return peers.sum_grad_moments(message)
-
-
-def _summed(frames: Sequence[Frame], messages: list[Tensor], sum_: _Sum) -> list[Tensor]:
+def _summed(direction: Direction, frames: Sequence[Frame], messages: list[Tensor]) -> list[Tensor]:
     """Each message summed over its peers: laid end to end, those of whom it is known that one sum does for all."""
     groups: dict[Any, list[int]] = {}
     for i, (frame, message) in enumerate(zip(frames, messages, strict=True)):
@@ -222,12 +215,12 @@ def _summed(frames: Sequence[Frame], messages: list[Tensor], sum_: _Sum) -> list
         groups.setdefault(i if joint is None else (joint, message.device), []).append(i)
     summed = list(messages)
     for places in groups.values():
-        peers = frames[places[0]].peers
+        calls = [frames[i] for i in places]
         if len(places) == 1:
-            summed[places[0]] = sum_(peers, messages[places[0]])
+            summed[places[0]] = sum_of(direction, calls, messages[places[0]])
             continue
         parts = [messages[i] for i in places]
-        total = sum_(peers, torch.cat(parts))
+        total = sum_of(direction, calls, torch.cat(parts))
         for i, part in zip(places, total.split([part.numel() for part in parts]), strict=True):
             summed[i] = part
     return summed

@@ -163,3 +163,10 @@ def test_scaling_under_torchrun_measures_first(tmp_path: Path) -> None:
     assert {row["processes"] for row in result.rows if row["kind"] == "measured"} == {2}
     assert "gloo over 2 processes" in result.header["fitted_to"]
     assert result.header["exchange"]["notes"]
+
+
+def test_monitor(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    result = run(tmp_path, "monitor", "--quick")
+    assert [row["impl"] for row in result.rows] == ["syncbn", "syncbn+monitor"]
+    assert result.rows[1]["hooks_ms"] > 0

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import syncbn
+from syncbn.communicator import SLACK
 from syncbn.exchange import Exchange
+from syncbn.guard import limit
+from syncbn.watchdog import watchdog
 
 
 def two_layers() -> nn.Sequential:
@@ -60,16 +63,75 @@ def _undedicated() -> bool:
 
 
 def test_the_timeout_is_the_users(processes: Any) -> None:
+    """Of the watchdog, which can say more; the process group gives up some time later."""
     from processes import COLLECTIVE_TIMEOUT
 
-    assert processes(2).run(_timeout) == [COLLECTIVE_TIMEOUT] * 2
+    timeouts = COLLECTIVE_TIMEOUT, COLLECTIVE_TIMEOUT + SLACK
+    assert processes(2).run(_timeouts) == [timeouts] * 2
 
 
-def _timeout() -> timedelta:
+def _timeouts() -> tuple[timedelta, timedelta]:
     layer = syncbn.SyncBatchNorm(3)
     layer(torch.randn(4, 3))
-    group = layer._exchange._communicator.group
-    return group._get_backend(torch.device("cpu")).options._timeout
+    communicator = layer._exchange._communicator
+    of_group = communicator.group._get_backend(torch.device("cpu")).options._timeout
+    return timedelta(seconds=watchdog._limits[communicator]), of_group
+
+
+@pytest.mark.parametrize(
+    ("timeout", "of_group", "environment", "expected"),
+    [
+        (None, 600, {}, 540),
+        (7, 600, {}, 7),
+        (3600, 600, {}, 540),  # it cannot be exceeded
+        (7, 600, {"SYNCBN_TIMEOUT": "2.5"}, 2.5),
+        (None, 600, {"SYNCBN_CHECK": "1"}, 60),
+        (7, 600, {"SYNCBN_CHECK": "1"}, 7),
+        (None, 600, {"SYNCBN_CHECK": "1", "SYNCBN_TIMEOUT": "300"}, 300),
+    ],
+)
+def test_which_timeout_counts(
+    timeout: float | None,
+    of_group: float,
+    environment: dict[str, str],
+    expected: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked = None if timeout is None else timedelta(seconds=timeout)
+    assert limit(asked, timedelta(seconds=of_group)) == timedelta(seconds=expected), "before the group itself gives up"
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "inf", "nan"])
+def test_a_timeout_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNCBN_TIMEOUT", value)
+    with pytest.raises(ValueError, match=f"SYNCBN_TIMEOUT to be a number of seconds greater than 0, got '{value}'"):
+        limit(None, timedelta(seconds=60))
+
+
+def test_convert_passes_the_timeout_on() -> None:
+    minute = timedelta(minutes=1)
+    torchs = nn.SyncBatchNorm(3)
+    model = syncbn.convert(nn.Sequential(nn.BatchNorm1d(3), torchs), timeout=minute)
+    assert [layer._exchange.timeout for layer in model] == [minute, minute]
+    assert syncbn.convert(model)[0]._exchange.timeout == minute, "it stays"
+    assert syncbn.convert(model, timeout=2 * minute)[0]._exchange.timeout == 2 * minute
+    assert syncbn.convert(model, group_size=1, timeout=minute)[0]._exchange.timeout == minute
+    with pytest.raises(ValueError, match=r"expected an Exchange or a timeout, got both"):
+        syncbn.convert(model, Exchange(), timeout=minute)
+    with pytest.raises(ValueError, match="expected a positive timeout"):
+        syncbn.convert(model, timeout=timedelta(seconds=-1))
+
+
+def test_what_is_no_timeout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match=r"expected timeout to be a datetime.timedelta, got int"):
+        Exchange(timeout=30)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected a positive timeout"):
+        Exchange(timeout=timedelta(0))
+    monkeypatch.setenv("SYNCBN_CHECK", "yes")
+    with pytest.raises(ValueError, match="expected SYNCBN_CHECK to be 0 or 1, got 'yes'"):
+        limit(None, timedelta(seconds=60))
 
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -139,7 +201,7 @@ def test_how_the_communicator_is_made_on_nccl(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dist, "new_group", lambda **options: asked.update(options) or "a new group")
     monkeypatch.setattr(communicator, "_launch_order_is_fixed", lambda: True)
     assert communicator._new_group_of_all(timedelta(seconds=7)) == "a new group"
-    assert asked["timeout"] == asked["pg_options"]._timeout == timedelta(seconds=7)
+    assert asked["timeout"] == asked["pg_options"]._timeout == timedelta(seconds=7) + SLACK
     assert asked["pg_options"].is_high_priority_stream
     assert asked["pg_options"].config.max_ctas == 4
 

@@ -220,9 +220,9 @@ def test_hosts_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_p
     for boot in ("one", "other"):
         (tmp_path / boot).write_text(boot)
         monkeypatch.setattr(groups, "_BOOT_ID", tmp_path / boot)
-        hosts.append(groups._host())
+        hosts.append(groups.host_identity())
     monkeypatch.setattr(groups, "_BOOT_ID", tmp_path / "not on this system")
-    assert len({*hosts, groups._host()}) == 3
+    assert len({*hosts, groups.host_identity()}) == 3
 
 
 # ---- the communicators

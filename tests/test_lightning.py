@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,13 @@ def on_the_union(fits: int) -> dict[str, Tensor]:
             module(batch).sin().mean().backward()
             optimizer.step()
     return state(module)
+
+
+def test_the_plugin_passes_the_timeout_on() -> None:
+    layer = SyncBatchNormPlugin(timeout_s=90).apply(nn.Sequential(nn.BatchNorm1d(3)))[0]
+    assert layer._exchange.timeout == timedelta(seconds=90)
+    with pytest.raises(ValueError, match="expected timeout_s to be a number of seconds greater than 0, got 0"):
+        SyncBatchNormPlugin(timeout_s=0)
 
 
 def test_fit_trains_as_one_process_would_on_the_union(lives: Any) -> None:

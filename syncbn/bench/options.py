@@ -22,6 +22,7 @@ MODES = {
     "step": "a whole DistributedDataParallel training step of torchvision models",
     "memory": "what a model keeps for backward, with and without recomputation, and the step's time",
     "exchange": "latency of the collectives that synchronize a layer",
+    "monitor": "what syncbn.lightning.StatisticsMonitor adds to a training step",
     "scaling": "a model of the synchronization's cost from 2 to 4096 processes, fitted to exchange",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,6 +32,8 @@ ON_REQUEST = ("conv_bn_relu",)
 QUICK_MODELS = ("resnet50", "fcos_resnet50_fpn")
 MEMORY_MODELS = ("unet", "resnet50", "deeplabv3_resnet50")
 QUICK_MEMORY_MODELS = ("unet", "resnet50")
+MONITOR_MODELS = ("resnet50",)
+QUICK_MONITOR_MODELS = ("conv_bn_relu",)
 MEMORY_IMPLEMENTATIONS = ("local", "syncbn+fuse", "syncbn+recompute")
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -88,7 +91,7 @@ def parse(arguments: list[str]) -> Options:
         "rounds": given.rounds or _rounds(given.mode, given.quick, on_gpu),
         "warm_up": 1 if given.quick or not on_gpu else 3,
     }
-    if given.mode in ("layer", "step", "memory"):
+    if given.mode in ("layer", "step", "memory", "monitor"):
         dtypes = given.dtypes or (("bfloat16", "float32") if on_gpu and not given.quick else _main_dtype(on_gpu))
         shrink = given.shrink or _shrink(given.mode, given.quick, on_gpu)
         layouts = given.layouts or (LAYOUTS if given.mode == "layer" else LAYOUTS[:1])
@@ -98,6 +101,10 @@ def parse(arguments: list[str]) -> Options:
     if given.mode == "memory":
         chosen["models"] = given.models or (QUICK_MEMORY_MODELS if given.quick else MEMORY_MODELS)
         chosen["implementations"] = given.implementations or MEMORY_IMPLEMENTATIONS
+    if given.mode == "monitor":
+        chosen["models"] = given.models or (QUICK_MONITOR_MODELS if given.quick else MONITOR_MODELS)
+        chosen["dtypes"] = given.dtypes or chosen["dtypes"][:1]
+        chosen["implementations"] = ("syncbn",)
     if given.mode in ("exchange", "scaling"):
         chosen["counts"] = given.counts or (2, 4, 8, 16)
     return Options(**chosen)
@@ -109,13 +116,14 @@ def _main_dtype(on_gpu: bool) -> tuple[str, ...]:
 
 def _shrink(mode: str, quick: bool, on_gpu: bool) -> int:
     if quick:
-        return {"layer": 8, "step": 16, "memory": 8}[mode]
+        return {"layer": 8, "step": 16, "memory": 8, "monitor": 8}[mode]
     return 1 if on_gpu else 4
 
 
 def _rounds(mode: str, quick: bool, on_gpu: bool) -> int:
-    full = {"layer": 40 if on_gpu else 15, "step": 30 if on_gpu else 5, "memory": 15 if on_gpu else 5, "exchange": 200}
-    few = {"layer": 7, "step": 1, "memory": 1, "exchange": 40}
+    full = {"layer": 40 if on_gpu else 15, "step": 30 if on_gpu else 5, "memory": 15 if on_gpu else 5}
+    full |= {"exchange": 200, "monitor": 20 if on_gpu else 8}
+    few = {"layer": 7, "step": 1, "memory": 1, "exchange": 40, "monitor": 2}
     measured = "exchange" if mode == "scaling" else mode
     return (few if quick else full)[measured]
 
@@ -162,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
             "layer": [common, tensors],
             "step": [common, tensors],
             "memory": [common, tensors],
+            "monitor": [common, tensors],
             "exchange": [common, collectives],
             "scaling": [common, collectives],
         }.items()
@@ -179,6 +188,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     of["memory"].add_argument(
         "--models", type=_names(MEMORY_MODELS), default=(), metavar="A,B", help=f"of {', '.join(MEMORY_MODELS)}"
+    )
+    of["monitor"].add_argument(
+        "--models",
+        type=_names((*MODELS, *ON_REQUEST)),
+        default=(),
+        metavar="A,B",
+        help=f"of {', '.join((*MODELS, *ON_REQUEST))}; default: {', '.join(MONITOR_MODELS)}",
     )
     _add_scaling(of["scaling"])
     return parser
@@ -245,8 +261,10 @@ def _require_files(given: argparse.Namespace) -> None:
         if given.plot.suffix not in PICTURES:
             raise UserError(f"--plot {given.plot}: expected a name that ends in {', '.join(PICTURES)}")
         _require_package("matplotlib", "--plot")
-    if given.mode in ("step", "memory"):
+    if given.mode in ("step", "memory", "monitor"):
         _require_package("torchvision", given.mode)
+    if given.mode == "monitor":
+        _require_package("lightning", given.mode)
     if given.mode == "scaling" and given.from_ is not None and not given.from_.is_file():
         raise UserError(
             f"--from {given.from_}: no such file; make it with: python -m syncbn.bench exchange --json PATH"

@@ -41,6 +41,7 @@ def draw(report: Report, path: Path) -> None:
         "layer": draw_layer,
         "step": draw_step,
         "memory": draw_step,
+        "monitor": draw_monitor,
         "exchange": draw_exchange,
         "scaling": draw_scaling,
     }
@@ -173,6 +174,31 @@ def draw_step(report: Report) -> Figure:
         axes.grid(axis="x", alpha=0.3)
         for place, heading in headings:
             axes.text(0, place, heading, fontsize=9, fontweight="bold", va="center")
+    return figure
+
+
+def draw_monitor(report: Report) -> Figure:
+    """A step with and without the monitor: medians and quartiles of the blocks' means."""
+    rows = report.rows
+    bars, headings = _places(rows)
+    figure, panels = _figure(
+        9, 1.6 + 0.35 * (len(bars) + len(headings)), f"A training step with StatisticsMonitor\n{_where(report.header)}"
+    )
+    axes = panels[0][0]
+    for place, row in bars:
+        sides = [[row["total_ms"] - row["total_ms_q1"]], [row["total_ms_q3"] - row["total_ms"]]]
+        color = "tab:orange" if row["hooks_ms"] is not None else _color(row["impl"])
+        axes.barh(place, row["total_ms"], xerr=sides, capsize=3, color=color, height=0.8)
+        if row["hooks_ms"] is not None:
+            text = f"  ratio {row['ratio']:.4f}; in the hooks {row['hooks_percent']:.2f}%"
+            axes.text(row["total_ms_q3"], place, text, va="center", fontsize=8)
+    axes.set_yticks([place for place, _ in bars], [row["impl"] for _, row in bars], fontsize=8)
+    axes.set_ylim(bars[-1][0] + 0.8, -0.7)
+    axes.set_xlim(0, 1.6 * max(row["total_ms_q3"] for row in rows))
+    axes.set_xlabel("ms a step: median and quartiles of the blocks")
+    axes.grid(axis="x", alpha=0.3)
+    for place, heading in headings:
+        axes.text(0, place, heading, fontsize=9, fontweight="bold", va="center")
     return figure
 
 

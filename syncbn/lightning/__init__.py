@@ -1,6 +1,7 @@
 """syncbn in PyTorch Lightning."""
 
 from .accumulation import AccumulateStatisticsCallback
+from .monitor import StatisticsMonitor
 from .plugin import SyncBatchNormGuard, SyncBatchNormPlugin
 from .recalibration import RecalibrationCallback
 from .uneven import EvenBatchesCallback
@@ -9,6 +10,7 @@ __all__ = [
     "AccumulateStatisticsCallback",
     "EvenBatchesCallback",
     "RecalibrationCallback",
+    "StatisticsMonitor",
     "SyncBatchNormGuard",
     "SyncBatchNormPlugin",
 ]

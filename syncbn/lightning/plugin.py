@@ -8,6 +8,7 @@ packages bring along (the entry points "lightning.pytorch.callbacks_factory"): `
 
 from __future__ import annotations
 
+from datetime import timedelta
 from importlib.metadata import entry_points
 from typing import Any, Literal
 from weakref import WeakSet
@@ -47,9 +48,13 @@ class SyncBatchNormPlugin(LayerSync):
         exclude: as in ``syncbn.convert``.
         group_size: as in ``syncbn.convert``.
         statistics_batch: as in ``syncbn.convert``; the first batch of each ``fit`` counts.
+        timeout_s: how many seconds an exchange may take before the process says where all processes are, and ends:
+            more than the slowest of them may ever need between two exchanges, for a checkpoint or a validation that
+            the others do not take part in. None for the process group's timeout.
 
     Raises:
-        ValueError: two options say over whom to form the statistics, or a number is less than 1.
+        ValueError: two options say over whom to form the statistics, or a number is less than 1, or ``timeout_s`` is
+            not positive.
         TypeError: a number is not whole.
     """
 
@@ -61,8 +66,12 @@ class SyncBatchNormPlugin(LayerSync):
         *,
         group_size: int | Literal["node"] | None = None,
         statistics_batch: int | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         grouping(process_group, group_size, statistics_batch)
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"expected timeout_s to be a number of seconds greater than 0, got {timeout_s!r}")
+        self.timeout_s = timeout_s
         self.process_group = process_group
         self.group_size = group_size
         self.statistics_batch = statistics_batch
@@ -83,8 +92,9 @@ class SyncBatchNormPlugin(LayerSync):
         self.revert(model)
         self._users = {layer: (layer._exchange, layer._index) for layer in _synchronized(model)}
         what = model, self.process_group, self.include, self.exclude
+        timeout = None if self.timeout_s is None else timedelta(seconds=self.timeout_s)
         try:
-            convert(*what, group_size=self.group_size, statistics_batch=self.statistics_batch)
+            convert(*what, group_size=self.group_size, statistics_batch=self.statistics_batch, timeout=timeout)
         except ValueError as error:
             raise MisconfigurationException(f"SyncBatchNormPlugin: {error}") from error
         self._converted = [layer for layer in _synchronized(model) if layer not in self._users]

@@ -1,0 +1,1 @@
+"""``python -m syncbn.doctor``: whether the processes of a job can train together; if not, what is wrong and where."""
