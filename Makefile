@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study test gpu lint format clean
+.PHONY: help setup train study test soak gpu lint format clean
 
 help: ## List the commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -27,7 +27,7 @@ study: $(READY) ## What synchronization buys: local against synchronized statist
 	PATH="$(abspath $(BIN)):$$PATH" launch/study.sh $(ARGS)
 
 test: $(READY) ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 gpu: ## On a machine with an NVIDIA GPU: tests with compiled kernels and NCCL, then benchmarks; PYTHON has torch
 	PYTHON="$(PYTHON)" tests/gpu.sh

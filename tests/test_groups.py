@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from union import Step, parts, train_step
 
 import syncbn
+from syncbn.communicator import SLACK
 from syncbn.exchange import Exchange
 from syncbn.groups import Grouping, Member, OfNode, OfSamples, OfSize
 
@@ -256,7 +257,7 @@ def _shared() -> tuple[int, int, bool]:
 def test_groups_have_the_default_groups_timeout(processes: Any) -> None:
     from processes import COLLECTIVE_TIMEOUT
 
-    assert processes(2).run(_timeout) == [COLLECTIVE_TIMEOUT] * 2
+    assert processes(2).run(_timeout) == [COLLECTIVE_TIMEOUT + SLACK] * 2  # and a watchdog with the one
 
 
 def _timeout() -> timedelta:
@@ -282,7 +283,7 @@ def test_how_groups_are_made_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert communicator._new_groups(((0, 1), (2, 3)), timedelta(seconds=7)) == "own"
     ((groups,), options) = asked[0]
     assert groups == [[0, 1], [2, 3]]
-    assert options["timeout"] == options["pg_options"]._timeout == timedelta(seconds=7)
+    assert options["timeout"] == options["pg_options"]._timeout == timedelta(seconds=7) + SLACK
     assert options["pg_options"].is_high_priority_stream
     monkeypatch.setattr(communicator, "_launch_order_is_fixed", lambda: False)
     with pytest.warns(UserWarning, match=r"wait for each other: prevented by NCCL >= 2.26 and NCCL_LAUNCH_ORDER"):

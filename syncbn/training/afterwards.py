@@ -21,6 +21,7 @@ from syncbn.training.checkpoints import read_checkpoint
 from syncbn.training.config import explain
 from syncbn.training.errors import UserError, did_you_mean, one_line
 from syncbn.training.models.weights import skip_weights
+from syncbn.training.resolution import resolve_what_is_set
 from syncbn.training.train import mistakes_in_one_line, quiet
 
 CONFIG_FILE = "config.yaml"
@@ -185,7 +186,7 @@ def override(cfg: DictConfig, overrides: Sequence[str]) -> None:
                     if isinstance(node, DictConfig) and not isinstance(value, dict | None):
                         raise UserError(f"{key}: a finished run's groups cannot be exchanged, only values in them")
                     OmegaConf.update(cfg, key, value, merge=False, force_add=each.is_add())
-        OmegaConf.resolve(cfg)
+        resolve_what_is_set(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
 

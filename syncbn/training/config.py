@@ -2,7 +2,6 @@
 
 import functools
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import syncbn
-from syncbn.training.checkpoints import read_checkpoint
 from syncbn.training.environment import World, loader_workers, run_stamp
 from syncbn.training.errors import UserError, did_you_mean, one_line
+from syncbn.training.start import find_start
 
 CONFIG_NAME = "train"
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 def config_dir() -> Path:
@@ -90,6 +88,16 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: a value cannot be used.
     """
+    check_values(cfg)
+    find_start(cfg)
+
+
+def check_values(cfg: DictConfig) -> None:
+    """The same without the checkpoints, which may be large.
+
+    Raises:
+        UserError: a value cannot be used.
+    """
     try:
         OmegaConf.resolve(cfg.copy())
     except OmegaConfBaseException as error:
@@ -101,15 +109,6 @@ def check(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir: {run_dir} is a file; give the name of a folder")
-    checkpoint = find_checkpoint(cfg)
-    if checkpoint is not None:
-        read_checkpoint(checkpoint, device="meta")
-    kept = (run_dir / LAST_CHECKPOINT).resolve()
-    if kept.is_file() and checkpoint != kept and not cfg.overwrite:
-        raise UserError(
-            f"run_dir: {run_dir} has a run whose checkpoints would be lost; ckpt_path=last continues it, "
-            "overwrite=true starts over"
-        )
 
 
 def _missing(node: Any, path: str = "") -> Iterator[str]:
@@ -119,40 +118,6 @@ def _missing(node: Any, path: str = "") -> Iterator[str]:
             yield from _missing(value, f"{path}.{key}" if path else str(key))
     elif node == MISSING:
         yield path
-
-
-def find_checkpoint(cfg: DictConfig) -> Path | None:
-    """The checkpoint that `ckpt_path` names, or None for a fresh start.
-
-    "last" is the last checkpoint of the run folder if one is given, else that of the newest run of the same
-    name. A folder stands for the last checkpoint of the run in it.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    if cfg.ckpt_path is None:
-        return None
-    path = _last_checkpoint(cfg) if cfg.ckpt_path == "last" else Path(cfg.ckpt_path).expanduser()
-    if path.is_dir():
-        path = path / LAST_CHECKPOINT
-    if not path.is_file():
-        raise UserError(f"ckpt_path: there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"ckpt_path: {path} is no checkpoint, or a damaged one")
-    return path.resolve()
-
-
-def _last_checkpoint(cfg: DictConfig) -> Path:
-    run_dir = Path(cfg.run_dir)
-    own = run_dir / LAST_CHECKPOINT
-    if own.is_file():
-        return own
-    if not OmegaConf.is_interpolation(cfg, "run_dir"):
-        raise UserError(f"ckpt_path=last: the run in {run_dir} has left no {LAST_CHECKPOINT}")
-    candidates = list(run_dir.parent.glob(f"*/{LAST_CHECKPOINT}"))
-    if not candidates:
-        raise UserError(f"ckpt_path=last: no run in {run_dir.parent} has left a {LAST_CHECKPOINT}")
-    return max(candidates, key=lambda path: path.stat().st_mtime)
 
 
 @functools.cache

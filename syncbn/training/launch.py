@@ -5,23 +5,19 @@ starts, the rendezvous stays on the loopback interface, and a failure is told by
 by nobody else.
 """
 
-import logging
 import os
-import signal
 import sys
 import uuid
 from typing import NoReturn
 
 import torch
-import torch.distributed.run as torchrun
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from syncbn.training import rendezvous
+from syncbn.training.agent import run_agent
 from syncbn.training.config import check, compose_config
 from syncbn.training.environment import RUN_STAMP_VARIABLE, new_run_stamp
 from syncbn.training.errors import UserError, fail
+from syncbn.training.rendezvous import LoopbackRendezvous
 
 _CPU_PROCESSES = 2
 # Hydra's options that only print something, or start several jobs one after the other.
@@ -32,18 +28,40 @@ def main() -> NoReturn:
     """Starts `python -m syncbn.training.train` with this command's arguments in each process."""
     arguments = sys.argv[1:]
     os.environ.setdefault(RUN_STAMP_VARIABLE, new_run_stamp())
-    if not _ONE_PROCESS.isdisjoint(argument.split("=")[0] for argument in arguments):
-        from syncbn.training import train
-
-        train.main()
-        raise SystemExit(0)
+    if needs_one_process(arguments):
+        run_here(arguments)
     try:
-        cfg = compose_config(arguments_for_hydra(arguments))
-        check(cfg)
+        cfg = checked_config(arguments)
         processes = process_count(cfg)
+        restarts = restart_count(cfg)
     except UserError as error:
         fail(str(error))
-    raise SystemExit(run(processes, arguments))
+    raise SystemExit(run(processes, arguments, max_restarts=restarts))
+
+
+def needs_one_process(arguments: list[str]) -> bool:
+    """Whether Hydra is asked to print something, or to run several jobs one after the other."""
+    return not _ONE_PROCESS.isdisjoint(argument.split("=")[0] for argument in arguments)
+
+
+def run_here(arguments: list[str]) -> NoReturn:
+    """Runs the command in this process."""
+    from syncbn.training import train
+
+    sys.argv = [sys.argv[0], *arguments]
+    train.main()
+    raise SystemExit(0)
+
+
+def checked_config(arguments: list[str]) -> DictConfig:
+    """The configuration that the processes will find.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    cfg = compose_config(arguments_for_hydra(arguments))
+    check(cfg)
+    return cfg
 
 
 def arguments_for_hydra(arguments: list[str]) -> list[str]:
@@ -69,6 +87,23 @@ def process_count(cfg: DictConfig) -> int:
     return devices
 
 
+def default_process_count() -> int:
+    """One per GPU, or two where there is none."""
+    return torch.cuda.device_count() or _CPU_PROCESSES
+
+
+def restart_count(cfg: DictConfig) -> int:
+    """How often all processes are started again after one has failed: `max_restarts`.
+
+    Raises:
+        UserError: it is no count.
+    """
+    restarts = cfg.max_restarts
+    if not isinstance(restarts, int) or restarts < 0:
+        raise UserError(f"max_restarts must be a whole number of at least 0, got {restarts!r}")
+    return restarts
+
+
 def stay_on_this_machine() -> None:
     """All processes are on this machine: their sockets need not be reachable from another one."""
     if sys.platform == "linux":
@@ -78,34 +113,9 @@ def stay_on_this_machine() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def run(processes: int, arguments: list[str], module: str = "syncbn.training.train") -> int:
-    """Runs torchrun in this process until all processes of `module` have ended; returns the exit status."""
-    rendezvous.register()
-    # Its log repeats, at length, what the processes themselves have said. Theirs is not affected.
-    logging.disable(logging.CRITICAL)
-    options = torchrun.parse_args(
-        [
-            f"--nproc-per-node={processes}",
-            f"--rdzv-backend={rendezvous.BACKEND}",
-            f"--rdzv-id={uuid.uuid4()}",
-            "-m",
-            module,
-            *arguments,
-        ]
-    )
-    try:
-        torchrun.run(options)
-    except SignalException as error:
-        return 128 + error.sigval
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        # A signal leaves a process no time for a word of its own.
-        name = signal.Signals(-failure.exitcode).name
-        print(f"error: process {rank} was ended by {name}", file=sys.stderr)
-        return 128 - failure.exitcode
-    return 0
+def run(processes: int, arguments: list[str], module: str = "syncbn.training.train", max_restarts: int = 0) -> int:
+    """Runs `module` in several processes on this node until all have ended; returns the exit status."""
+    return run_agent(LoopbackRendezvous(str(uuid.uuid4())), processes, module, arguments, max_restarts)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ runs in this process; under torchrun (`launch/train.sh`) it is one process of se
 from `conf/`.
 """
 
+import errno
 import logging
 import os
 import pickle
@@ -24,28 +25,28 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.training.checkpoints import refusal
-from syncbn.training.config import (
-    CONFIG_NAME,
-    LAST_CHECKPOINT,
-    check,
-    config_dir,
-    explain,
-    find_checkpoint,
-    register_resolvers,
-)
-from syncbn.training.environment import rank_of_this_process
+from syncbn.training.callbacks import GracefulStop
+from syncbn.training.callbacks.agreement import agree_on_configuration
+from syncbn.training.callbacks.checkpoints import install
+from syncbn.training.callbacks.graceful_stop import SIGNALS
+from syncbn.training.checkpoints import LAST_CHECKPOINT, refusal, write_text
+from syncbn.training.config import CONFIG_NAME, check_values, config_dir, explain, register_resolvers
+from syncbn.training.environment import World, rank_of_this_process
 from syncbn.training.errors import UserError, fail, few, one_line
+from syncbn.training.loggers import CSVLogger, TensorBoardLogger
 from syncbn.training.models.weights import skip_weights
+from syncbn.training.resolution import resolve_but_environment
+from syncbn.training.start import agree_on_start, checkpoints_to_try, find_start, last_run
 
 _FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
-_INTERRUPTED_STATUS = 130  # what a shell reports after Ctrl-C
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Rank 0 must have told the user's mistake before another process's end makes torchrun stop all.
 _AFTER_RANK_0_S = 3.0
 _NOISE = (
@@ -65,8 +66,9 @@ _NOISE = (
 def main() -> None:
     """Console command `syncbn-train`.
 
-    Exit status: 0, 1 after a crash, 2 after a user's mistake, 130 after Ctrl-C. HYDRA_FULL_ERROR=1 in the
-    environment shows where a user's mistake was noticed.
+    Exit status: 0, 1 after a crash, 2 after a user's mistake, 128 plus the signal's number after one that has saved a
+    checkpoint: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1. HYDRA_FULL_ERROR=1 in the environment shows
+    where a user's mistake was noticed.
     """
     # Ends a process even within a collective. While it trains, GracefulStop saves its work first.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -82,13 +84,19 @@ def run(cfg: DictConfig) -> None:
     """One job of Hydra's: checks the configuration, trains, leaves no process group behind."""
     # Here as well, since Hydra prints a line of its own for an exception that leaves a job.
     with mistakes_in_one_line():
-        check(cfg)
-        checkpoint = find_checkpoint(cfg)
+        check_values(cfg)
+        if World.from_environment().size == 1:
+            find_start(cfg)  # before the model is built; of several processes one reads the checkpoint for all
+        if cfg.ckpt_path == "last":
+            cfg.ckpt_path = str(last_run(cfg))
         # Hydra's word is final: in a sweep every job has a folder of its own.
         cfg.run_dir = HydraConfig.get().runtime.output_dir
-        cfg.ckpt_path = str(checkpoint) if checkpoint else None
         try:
             train(cfg)
+        except OSError as error:
+            if error.errno not in _DISK_IS_FULL:
+                raise
+            raise _cause(error) or UserError(str(error)) from error
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -115,15 +123,17 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Raises:
         UserError: something cannot be built from its configuration.
-        SystemExit: status 130 after an interruption.
+        SystemExit: status 128 plus the signal's number after an interruption.
     """
     if not cfg.verbose:
         quiet()
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, task, trainer = build(cfg)
+    agree_on_configuration(trainer, cfg)
+    choose_start(trainer, cfg)
     if trainer.is_global_zero:
         introduce(cfg, trainer)
-        OmegaConf.save(cfg, Path(cfg.run_dir) / "config.yaml", resolve=True)
+        write_text(OmegaConf.to_yaml(resolve_but_environment(cfg)), Path(cfg.run_dir) / "config.yaml")
     fit(trainer, task, data, cfg)
     return evaluate_best(trainer, task, data, cfg)
 
@@ -133,7 +143,7 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule, Traine
     data = build_from("data", cfg.data)
     name_classes(cfg, data)
     # A checkpoint brings all weights.
-    with skip_weights() if cfg.ckpt_path else nullcontext():
+    with skip_weights() if checkpoints_to_try(cfg) else nullcontext():
         task = build_from("task", cfg.task)
     if cfg.monitor is None:
         cfg.monitor = getattr(task, "best_metric", None)
@@ -157,7 +167,25 @@ def build(cfg: DictConfig) -> tuple[LightningDataModule, LightningModule, Traine
         # The callback Summary says more.
         enable_model_summary=bool(cfg.trainer.enable_model_summary),
     )
+    install(trainer)
     return data, task, trainer
+
+
+def choose_start(trainer: Trainer, cfg: DictConfig) -> None:
+    """Sets `ckpt_path` to what process 0 finds whole, on all processes, and tells the loggers.
+
+    Raises:
+        UserError: process 0 finds none where one is asked for, or another machine has other files than its one.
+    """
+    environment = trainer.strategy.cluster_environment if isinstance(trainer.strategy, ParallelStrategy) else None
+    if environment is not None and environment.creates_processes_externally:  # else Lightning starts the others later
+        trainer.strategy.setup_environment()
+    start, again = agree_on_start(cfg, warn=lambda line: print(f"warning: {line}", file=sys.stderr, flush=True))
+    cfg.ckpt_path = str(start.path) if start else None
+    same_run = start.same_run if start else again  # again, and nothing was saved before
+    for logger in trainer.loggers:
+        if isinstance(logger, (CSVLogger, TensorBoardLogger)):
+            logger.continue_from((start.step if start else 0) if same_run else None)
 
 
 def name_classes(cfg: DictConfig, data: LightningDataModule) -> None:
@@ -196,7 +224,7 @@ def build_from(key: str, node: DictConfig, **extra: Any) -> Any:
 
 
 def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, cfg: DictConfig) -> None:
-    """Trains; an interruption ends the process with status 130."""
+    """Trains; a signal ends the process with status 128 plus its number."""
     try:
         trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
     except MisconfigurationException as error:
@@ -209,10 +237,15 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, cfg:
         first = one_line(str(error).partition(":")[2].strip().splitlines()[0])
         raise UserError(f"ckpt_path: {_shown(cfg.ckpt_path)} does not fit the model: {first}") from error
     except SystemExit:
-        # Lightning's answer to KeyboardInterrupt, after its own clean-up.
+        # Lightning's answer to KeyboardInterrupt, after its own clean-up. The work is saved; a process that has ended
+        # lets torchrun stop the others, which may still have a word to say.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         if trainer.is_global_zero and Path(cfg.run_dir, LAST_CHECKPOINT).exists():
             print(f"continue with: ckpt_path=last run_dir={_shown(cfg.run_dir)}", flush=True)
-        raise SystemExit(_INTERRUPTED_STATUS) from None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        stops = [callback.signal for callback in callbacks if isinstance(callback, GracefulStop)]
+        raise SystemExit(128 + next(filter(None, stops), signal.SIGINT)) from None
 
 
 def evaluate_best(
@@ -252,6 +285,13 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
+
+
+def _cause(error: BaseException | None) -> UserError | None:
+    """The user's mistake after which something else went wrong as well."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _shown(path: str | Path) -> str:

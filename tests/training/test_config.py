@@ -11,10 +11,11 @@ from hydra.utils import get_object
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from syncbn.training.config import check, compose_config, config_dir, find_checkpoint
+from syncbn.training.config import check, compose_config, config_dir
 from syncbn.training.environment import RUN_STAMP_VARIABLE, World, run_stamp
 from syncbn.training.errors import UserError
 from syncbn.training.launch import arguments_for_hydra, process_count
+from syncbn.training.start import checkpoints_to_try
 
 # Where conf/trainer departs from Lightning's defaults, and says so.
 DEPARTURES = {
@@ -207,14 +208,15 @@ def test_last_is_the_newest_run_of_the_name_or_the_folder_given(tmp_path, monkey
         os.utime(path, (age, age))
 
     def found(*overrides):
-        return find_checkpoint(compose_config(list(overrides))).relative_to(tmp_path / "runs").parts[:2]
+        (checkpoint,) = checkpoints_to_try(compose_config(list(overrides)))
+        return checkpoint.relative_to(tmp_path / "runs").parts[:2]
 
     assert found("ckpt_path=last", "name=a") == ("a", "new")
     assert found("ckpt_path=last", "name=b") == ("b", "newest")
     assert found("ckpt_path=last", "name=a", "run_dir=runs/a/old") == ("a", "old")
     assert found("ckpt_path=runs/a/middle") == ("a", "middle")
     assert found("ckpt_path=runs/a/middle/checkpoints/last.ckpt") == ("a", "middle")
-    assert find_checkpoint(compose_config([])) is None
+    assert checkpoints_to_try(compose_config([])) == []
 
 
 def test_process_count_follows_the_configuration():

@@ -333,8 +333,11 @@ def test_the_launcher_passes_a_crash_on(tmp_path):
     assert "ChildFailedError" not in job.error_output
 
 
-def test_the_script_is_clean():
+def test_the_scripts_are_clean():
     shellcheck = shutil.which("shellcheck", path=environment()["PATH"])
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    subprocess.run([shellcheck, str(TRAIN_SH)], check=True)
+    folder = TRAIN_SH.parent
+    scripts = sorted([*folder.glob("*.sh"), *folder.glob("*.sbatch")])
+    assert len(scripts) == 5
+    subprocess.run([shellcheck, "--external-sources", *map(str, scripts)], check=True)

@@ -9,8 +9,9 @@ from documentation import ROOT, blocks
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from syncbn.training.config import check, compose_config, find_checkpoint
+from syncbn.training.config import check, compose_config
 from syncbn.training.errors import UserError
+from syncbn.training.start import checkpoints_to_try
 
 PAGE = "docs/train.md"
 COMMANDS = [
@@ -34,7 +35,7 @@ def test_every_training_command_composes(arguments, monkeypatch):
     for argument in arguments:
         if argument.startswith("ckpt_path="):  # a run's folder, which the command before has made
             with pytest.raises(UserError, match="ckpt_path: there is no file"):
-                find_checkpoint(compose_config([*overrides, argument]))
+                checkpoints_to_try(compose_config([*overrides, argument]))
 
 
 @pytest.mark.parametrize("command", MODULES, ids=" ".join)

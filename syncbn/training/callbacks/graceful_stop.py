@@ -1,4 +1,4 @@
-"""Ctrl-C, a scheduler's SIGTERM and broken data end a run between two steps and leave a checkpoint to continue from."""
+"""Ctrl-C, a scheduler's signal and broken data end a run between two steps and leave a checkpoint to continue from."""
 
 import signal
 import threading
@@ -12,17 +12,23 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from syncbn.training.callbacks.checkpoints import (
+    before_validation_or_epoch_end,
+    save_checkpoint,
+    within_accumulation,
+)
 from syncbn.training.callbacks.console import say
 from syncbn.training.errors import UserError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR1 is what Slurm is usually told to send before the time is over.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 # torchrun passes Ctrl-C on to processes that already had it from the terminal: only a later one is a second
 # one.
 _SAME_PRESS_S = 3.0
 
 
 class GracefulStop(Callback):
-    """Saves `path` and ends the run at the first step after SIGINT or SIGTERM. A second Ctrl-C ends it at
+    """Saves `path` and ends the run at the first step after SIGINT, SIGTERM or SIGUSR1. A second Ctrl-C ends it at
     once.
 
     Signals reach the processes of a run at different moments, and a process that left alone would leave the
@@ -40,6 +46,9 @@ class GracefulStop(Callback):
 
     Args:
         path: checkpoint file to write.
+
+    Attributes:
+        signal: the number of the signal that has ended the run, the same on all processes; None before.
     """
 
     def __init__(self, path: str) -> None:
@@ -47,6 +56,7 @@ class GracefulStop(Callback):
         self._requested_at: float | None = None
         self._requested_by = 0  # the signal's number
         self._reason: str | None = None
+        self.signal: int | None = None
         self._agreed = False
         self._group: Any = None  # a gloo ProcessGroup, if there are other processes
         self._vote: tuple[torch.Tensor, dist.Work] | None = None
@@ -56,6 +66,7 @@ class GracefulStop(Callback):
         self._requested_at = None
         self._reason = None
         self._vote = None
+        self.signal = None
         self._agreed = False
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
@@ -64,17 +75,17 @@ class GracefulStop(Callback):
     # other processes in the middle of whatever they are doing.
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
+            self._previous_handlers = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._agreed = self._agreed or self._count_votes(trainer)
-        if self._agreed and not _within_accumulation(trainer) and not _before_validation_or_epoch_end(trainer):
+        if self._agreed and not within_accumulation(trainer) and not before_validation_or_epoch_end(trainer):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._agreed = self._agreed or self._count_votes(trainer)
-            if self._agreed and not _within_accumulation(trainer):
+            if self._agreed and not within_accumulation(trainer):
                 _rewind_validation(trainer)
                 self._stop(trainer)
 
@@ -95,7 +106,7 @@ class GracefulStop(Callback):
 
     def _stop(self, trainer: Trainer) -> None:
         reasons = self._all_reasons()
-        trainer.save_checkpoint(self.path)
+        save_checkpoint(trainer, self.path)
         say(trainer, f"interrupted after step {trainer.global_step}: saved {self.path}")
         if reasons:
             raise UserError("; ".join(reasons))
@@ -118,23 +129,13 @@ class GracefulStop(Callback):
 
     def _all_reasons(self) -> list[str]:
         """The processes' reasons, each once. To be called by all of them after the same step."""
-        reasons: list[str | None] = [self._reason]
+        asked: list[Any] = [(self._reason, self._requested_by)]
         if self._group is not None:
-            reasons *= dist.get_world_size(self._group)
-            dist.all_gather_object(reasons, self._reason, group=self._group)
-        return list(dict.fromkeys(reason for reason in reasons if reason is not None))
-
-
-def _within_accumulation(trainer: Trainer) -> bool:
-    """Whether there are gradients that no optimizer step has used: a checkpoint does not keep them."""
-    return trainer.fit_loop._should_accumulate()
-
-
-def _before_validation_or_epoch_end(trainer: Trainer) -> bool:
-    """Whether a run resumed from here would leave out the validation, or the end of the epoch, that comes next."""
-    loop = trainer.fit_loop.epoch_loop
-    fetcher = trainer.fit_loop._data_fetcher
-    return trainer.is_last_batch or (fetcher is not None and loop._should_check_val_fx(fetcher))
+            asked *= dist.get_world_size(self._group)
+            dist.all_gather_object(asked, (self._reason, self._requested_by), group=self._group)
+        # A signal may have reached some of the processes only.
+        self.signal = max(number for _, number in asked) or None
+        return list(dict.fromkeys(reason for reason, _ in asked if reason is not None))
 
 
 def _rewind_validation(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 import syncbn
-from syncbn.training.config import LAST_CHECKPOINT
+from syncbn.training.checkpoints import LAST_CHECKPOINT
 from syncbn.training.study.plan import GLOBAL_BATCH, POPULATION, RUNNING, STATISTICS, Run
 from syncbn.training.train import build, quiet
 
