@@ -29,6 +29,10 @@ study: $(READY) ## What synchronization buys: local against synchronized statist
 test: $(READY) ## Run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+soak: $(READY) ## Thousands of steps on two processes: memory, handles and statistics stay flat; about 10 minutes
+	$(BIN)/python tests/programs/soak.py --steps 3000 $(ARGS)
+	$(BIN)/python tests/programs/soak.py --steps 1500 --loop trainer $(ARGS)
+
 gpu: ## On a machine with an NVIDIA GPU: tests with compiled kernels and NCCL, then benchmarks; PYTHON has torch
 	PYTHON="$(PYTHON)" tests/gpu.sh
 

@@ -7,7 +7,7 @@ what would otherwise be a wrong sum, an aborted process or a wait without end.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -43,17 +43,17 @@ def comparison(communicator: Communicator) -> Comparison:
         rows = host.read(host.post(list(map(int, own))))
         entries = [Entry(number, tag, size, bool(differentiable)) for number, tag, size, differentiable in rows]
         if any(entry != own for entry in entries):
-            raise RuntimeError(_difference(host, entries, communicator.names))
+            raise RuntimeError(_difference(host, entries, communicator.layer_name))
 
     return compare
 
 
-def _difference(host: HostCommunicator, entries: Sequence[Entry], names: Sequence[str]) -> str:
+def _difference(host: HostCommunicator, entries: Sequence[Entry], name: Callable[[int], str]) -> str:
     ranks_of: dict[Entry, list[int]] = {}
     for rank, entry in zip(host.ranks, entries, strict=True):
         ranks_of.setdefault(entry, []).append(rank)
     places = [
-        f"  {ranks_in_words(ranks)}: exchange {entry.number}, {in_words(entry, names)}"
+        f"  {ranks_in_words(ranks)}: exchange {entry.number}, {in_words(entry, name)}"
         for entry, ranks in ranks_of.items()
     ]
     return (

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,6 +57,14 @@ def reference(group: Any) -> Reference:
     return nothing if group is None else weakref.ref(group)
 
 
+class Holder(NamedTuple):
+    """Who has the numbers from ``first`` to before ``end``."""
+
+    first: int
+    end: int
+    names: weakref.WeakMethod[Callable[[int], str]]
+
+
 class Communicator:
     """A process group, the layers that have tags on it, and how far this process has come on it."""
 
@@ -66,13 +74,25 @@ class Communicator:
         self.ranks = ranks_of(group)
         self.devices = frozenset(device.type for device in group._device_types)
         self.progress = Progress()
-        self.names: list[str] = []  # of all layers that have met on it, in the order of their tags
+        self.next_tag = 1  # the first number that no layer has
+        self._holders: list[Holder] = []
         self.guarded = False
 
-    @property
-    def next_tag(self) -> int:
-        """The first number that no layer has."""
-        return 1 + len(self.names)
+    def take_tags(self, names: Callable[[int], str], count: int) -> int:
+        """Numbers for so many layers; returns the first. ``names`` is a method: whose object it is may go away."""
+        first = self.next_tag
+        self.next_tag += count
+        # A program may have models without end, of which few are there at a time.
+        alive = [holder for holder in self._holders if holder.names() is not None]
+        self._holders = [*alive, Holder(first, self.next_tag, weakref.WeakMethod(names))]
+        return first
+
+    def layer_name(self, number: int) -> str:
+        """What the layer with this number is called in its model."""
+        for holder in self._holders:
+            if holder.first <= number < holder.end and (names := holder.names()) is not None:
+                return names(number - holder.first)
+        return f"layer {number}"
 
     @property
     def made_here(self) -> bool:

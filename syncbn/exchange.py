@@ -206,8 +206,7 @@ class Exchange:
         require_device(communicator, device)
         if len(communicator.ranks) > 1:
             _require_same_layers(communicator, self._layers, device)
-        self._first_tag = communicator.next_tag
-        communicator.names += [self.layer_name(index) for index in range(len(self._layers))]
+        self._first_tag = communicator.take_tags(self.layer_name, len(self._layers))
         guard(communicator, self.timeout)
         self._communicator = communicator
 

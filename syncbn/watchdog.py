@@ -243,12 +243,12 @@ def _underlying(store: Any) -> Any:
 def _own_place(communicator: Communicator) -> Place:
     progress = communicator.progress
     last, waiting = progress.last, progress.under_way
-    return place(dist.get_rank(), last, in_words(last, communicator.names), waiting, progress.quiet_for)
+    return place(dist.get_rank(), last, in_words(last, communicator.layer_name), waiting, progress.quiet_for)
 
 
 def _place_in_words(communicator: Communicator) -> str:
     last = communicator.progress.last
-    return f"syncbn: exchange {last.number} of rank {dist.get_rank()} ({in_words(last, communicator.names)})"
+    return f"syncbn: exchange {last.number} of rank {dist.get_rank()} ({in_words(last, communicator.layer_name)})"
 
 
 def _hook_exceptions(publish: Callable[[str], None]) -> None:

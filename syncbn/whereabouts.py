@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import threading
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,19 +53,18 @@ def place(rank: int, last: Entry, what: str, waiting: bool, seconds: float) -> P
     return Place(rank, socket.gethostname(), *last[:3], what, waiting, seconds, _code() + _modes())
 
 
-def in_words(last: Entry, names: Sequence[str]) -> str:
-    """Which layer and direction an exchange belongs to; ``names`` are those of the tags' layers, from tag 2 on."""
+def in_words(last: Entry, name: Callable[[int], str]) -> str:
+    """Which layer and direction an exchange belongs to; ``name`` is the communicator's for the number of a layer."""
     if last.number == 0:
         return "none"
     if last.tag == OF_MEETING:
         return "the first of a model, before which the processes compare their layers"
     if last.tag == 0:
         return f"a sum of no layer, {last.size} numbers"
-    index, backward = divmod(last.tag - 2, 2)
-    name = names[index] if index < len(names) else f"unknown layer {index}"
+    number, backward = divmod(last.tag, 2)
     direction = "backward" if backward else "forward"
     further = " where gradients are to be differentiated again" if last.differentiable else ""
-    return f"{direction} of {name!r}{further}, {last.size} numbers"
+    return f"{direction} of {name(number)!r}{further}, {last.size} numbers"
 
 
 def report(places: Collection[Place], ranks: Sequence[int]) -> str:

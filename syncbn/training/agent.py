@@ -20,6 +20,8 @@ from syncbn.training.worker import LAUNCHER_VARIABLE, STARTS_VARIABLE
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _GRACE_S = 30
+# Rank 0 may have something left to do when the processes of the other nodes have ended.
+_LAST_NODE_S = 3600
 
 
 class RendezvousLostError(Exception):
@@ -40,7 +42,7 @@ class Agent(LocalElasticAgent):
     """
 
     def __init__(self, spec: WorkerSpec, rendezvous: Rendezvous) -> None:
-        super().__init__(spec, DefaultLogsSpecs())
+        super().__init__(spec, DefaultLogsSpecs(), exit_barrier_timeout=_LAST_NODE_S)
         self._meeting = rendezvous
         self._failure: ProcessFailure | None = None
         self._failed_rank = -1

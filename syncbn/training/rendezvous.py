@@ -224,12 +224,10 @@ def store_at(address: str, port: int = 0) -> TCPStore:
 
 def _serve(meeting: Meeting, route: Route) -> TCPStore:
     """The store at the endpoint: a new one, or that of another launcher of the same job on this node."""
-    local = route.target
-    if route.target != route.source and meeting.max_nodes > 1 and meeting.endpoint.host != route.target:
-        raise UserError(
-            f"{meeting.endpoint.host} is {route.target} on this node, where no other node can reach it: "
-            "give its address in the network"
-        )
+    local, named = route.target, meeting.endpoint.host
+    if ipaddress.ip_address(local).is_loopback and named not in (local, "localhost") and meeting.max_nodes > 1:
+        # Many systems give their own name such an address. Whoever writes localhost means several launchers here.
+        raise UserError(f"{named} is {local} on this node, where no other one can reach it: give its address")
     try:
         store = store_at(local, meeting.endpoint.port)
     except OSError as error:

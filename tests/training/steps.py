@@ -1,6 +1,6 @@
 """What tests of the launchers start: steps in which the processes wait for each other, without Lightning's imports.
 
-    steps.py norm|reduce STEPS [PAUSE]     SyncBatchNorm's exchange, or an all-reduce such as DistributedDataParallel's
+steps.py norm|reduce STEPS [PAUSE]     SyncBatchNorm's exchange, or an all-reduce such as DistributedDataParallel's
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -237,6 +238,13 @@ def test_the_same_line_is_the_same_job():
     assert names[0] == names[1] != names[2]
     assert names[3] == "mine"
     assert folder_name("team/job 7") == "team_job_7"
+
+
+def test_a_name_that_only_this_node_understands_is_refused(monkeypatch):
+    """As most systems write their own name into /etc/hosts: the job would wait for nodes that cannot come."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 2, 17, "", ("127.0.1.1", 29400))])
+    with pytest.raises(UserError, match=r"node0 is 127\.0\.1\.1 on this node, where no other one can reach it"):
+        join(Meeting(Endpoint("node0", 29400), "job", 2, 2), pytest.fail)
 
 
 def test_a_name_that_leads_nowhere_is_told(tmp_path):
