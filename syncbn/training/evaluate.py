@@ -2,8 +2,8 @@
 
     python -m syncbn.training.evaluate ckpt=runs/digits-seg/<run> data.batch_size=8
 
-The configuration is that of the run's folder; arguments change values in it. There is one process per GPU, or as
-many as `trainer.devices` says; under torchrun it is one process of several.
+The configuration is that of the run's folder; arguments change values in it. There is one process per GPU, as many
+as the run had where there is none, or as many as `trainer.devices` says; under torchrun it is one process of several.
 """
 
 import json
@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
     if _LAUNCHED not in os.environ:
         read_checkpoint(checkpoint, "ckpt", device="meta")
         if not any(override.startswith("trainer.devices=") for override in overrides):
-            cfg.trainer.devices = max(1, torch.cuda.device_count()) if _may_use_gpus(cfg) else 1
+            # On CPUs the run's own number: which images share a batch, and so their padding, is up to it.
+            cfg.trainer.devices = (torch.cuda.device_count() if _may_use_gpus(cfg) else 0) or cfg.trainer.devices
         processes = launch.process_count(cfg)
         if processes > 1:
             launch.stay_on_this_machine()

@@ -242,7 +242,7 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, cfg:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if trainer.is_global_zero and Path(cfg.run_dir, LAST_CHECKPOINT).exists():
-            print(f"continue with: ckpt_path=last run_dir={_shown(cfg.run_dir)}", flush=True)
+            print(f"continue with the same command and ckpt_path=last run_dir={_shown(cfg.run_dir)}", flush=True)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         stops = [callback.signal for callback in callbacks if isinstance(callback, GracefulStop)]
         raise SystemExit(128 + next(filter(None, stops), signal.SIGINT)) from None

@@ -404,7 +404,7 @@ def test_black_and_white_masks_are_asked_about_and_then_understood(folders):
         truths.append(torch.from_numpy(ink).long())
         Image.fromarray(ink.astype(np.uint8) * 255).save(mask)
     names = ["background", "ink"]
-    with pytest.raises(UserError, match=r"values=\{255: 1\}"):
+    with pytest.raises(UserError, match=r"values=\{255:1\}"):
         FolderSegmentation(folders, "train", classes=names)
     dataset = FolderSegmentation(folders, "train", classes=names, values={255: 1})
     assert all(torch.equal(dataset[i]["semantic"], truth) for i, truth in enumerate(truths))

@@ -167,7 +167,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(interrupted_run):
     (folder,) = (cwd / "runs" / "digits-seg").iterdir()
     (line,) = [line for line in job.lines if line.startswith("interrupted after step")]
     assert load(folder / CHECKPOINT)["global_step"] == int(line.split()[3].rstrip(":"))
-    assert f"continue with: ckpt_path=last run_dir=runs/digits-seg/{folder.name}" in job.output
+    assert f"continue with the same command and ckpt_path=last run_dir=runs/digits-seg/{folder.name}" in job.output
     assert "Traceback" not in job.output + job.error_output
 
 

@@ -97,7 +97,7 @@ class FolderSegmentation(SegmentationFiles):
         if seen == {0, IGNORED}:
             raise UserError(
                 f"masks: they hold 0 and {IGNORED} only, and {IGNORED} means ignored. Where white is class 1, say "
-                f"values={{{IGNORED}: 1}}; the first is {self.masks[0]}"
+                f"values={{{IGNORED}:1}}; the first is {self.masks[0]}"
             )
 
 
