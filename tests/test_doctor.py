@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from syncbn.doctor import machine, network, pings, software
-from syncbn.doctor.checks import FAILED, OK, WARNING
+from syncbn.doctor.checks import FAILED, OK, WARNING, Check, ranks_in_words
 from syncbn.doctor.messages import judge_arrivals, judge_sums
 from syncbn.doctor.options import parse
+from syncbn.doctor.report import Report
 
 ROOT = Path(__file__).parent.parent
 WITHIN_S = 90.0  # whatever is wrong
@@ -159,9 +160,10 @@ def test_a_rank_that_never_comes_one_that_stops_and_no_store(tmp_path: Path) -> 
         until_answered("links", tmp_path / "both")
         second.send_signal(signal.SIGSTOP)
         never, stopped = document(alone), document(first)
-        verdict = lost.communicate(timeout=WITHIN_S)[0]
+        out, verdict = lost.communicate(timeout=WITHIN_S)
+    assert out == ""  # with --json, and it is not the one that writes the document
     assert lost.returncode == alone.returncode == first.returncode == 1
-    assert verdict.startswith("unhealthy: rendezvous: rank 1 cannot reach the store of rank 0 at 127.0.0.1:1: ")
+    assert "unhealthy: rendezvous: rank 1 cannot reach the store of rank 0 at 127.0.0.1:1: " in verdict
     assert never["verdict"] == "unhealthy: start: rank 1 did not come to the step 'start' within 2 s"
     assert stopped["verdict"].startswith("unhealthy: all-reduce: rank 1 did not ")
 
@@ -181,6 +183,14 @@ def test_an_environment_that_slows() -> None:
     assert check.verdict == WARNING
     for text in "OMP_NUM_THREADS is not set", "NCCL_LAUNCH_ORDER_IMPLICIT is not 1", "SYNCBN_CHECK=1 is for finding":
         assert text in check.summary
+
+
+def test_what_differs_between_hosts_by_nature() -> None:
+    """The launcher's process, and how often this host has started: launch/multinode.sh sets them."""
+    one = {"OMP_NUM_THREADS": "1", "SYNCBN_LAUNCHER": "71", "SYNCBN_STARTS_BEFORE": "0"}
+    other = one | {"SYNCBN_LAUNCHER": "90", "SYNCBN_STARTS_BEFORE": "2", "NCCL_IB_HCA": "mlx5_1"}
+    assert software.judge_environment([one, other], "gloo").verdict == OK
+    assert software.judge_environment([one, other | {"SYNCBN_TIMEOUT": "9"}], "gloo").verdict == FAILED
 
 
 def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +236,8 @@ def test_gpus_and_disks() -> None:
     }
     check = machine.judge_gpus([host, host | {"own": 1}], ["a", "a"], "cuda")
     assert (check.verdict, check.summary) == (OK, "2 x H200 on each host, driver 570")
-    assert check.lines == [f"rank {r}: GPU {r}, 139.0 of 141.0 GB free" for r in range(2)] + ["GPU0 X NV18"]
+    assert check.lines[:2] == ["links on a:", "GPU0 X NV18"]
+    assert check.lines[2:] == [f"rank {r}: GPU {r}, 139.0 of 141.0 GB free" for r in range(2)]
     assert "not the same" in machine.judge_gpus([host, host | {"gpus": [gpu]}], ["a", "b"], "cuda").summary
     taken = host | {"gpus": [gpu, gpu | {"free_gb": 3.0}], "own": 1}
     assert "taken already on rank 1" in machine.judge_gpus([host, taken], ["a", "a"], "cuda").summary
@@ -234,6 +245,55 @@ def test_gpus_and_disks() -> None:
     assert disk["folder"] == "/"
     full = machine.judge_disks([disk | {"free_gb": 50.0, "writable": True}, disk | {"free_gb": 0.1, "writable": True}])
     assert (full.verdict, full.summary) == (FAILED, "rank 1: / has 0.1 GB left: no checkpoint fits")
+
+
+def test_the_page_of_many_hosts_is_short() -> None:
+    """nvidia-smi's table once for all hosts that have the same, as it reads in a terminal; no line for each rank."""
+    table = "\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\tGPU NUMA ID\x1b[0m\nGPU0\t X \tNV18\tPIX\t0-47\tN/A\n"
+    table += "GPU1\tNV18\t X \tSYS\t48-95\tN/A\n\nLegend:\n\n  X    = Self\n"
+    gpu = {"name": "H200", "free_gb": 139.0, "total_gb": 141.0}
+    of_host = {"gpus": [gpu, gpu], "driver": "570", "peers": [[True, True], [True, True]]}
+    said = [of_host | {"own": rank % 2, "links": table if rank % 2 == 0 else None} for rank in range(512)]
+    check = machine.judge_gpus(said, [f"node{rank // 2}" for rank in range(512)], "cuda")
+    text = Report("512 processes", [check], {}).text()
+    assert "links on node0 and 255 more:" in text
+    assert "GPU0  X     NV18  PIX\n" in text
+    assert not any(word in text for word in ("\x1b", "Affinity", "Legend"))
+    assert "more lines; --json has all" in text
+    assert len(text.splitlines()) < 50
+    disk = machine.disks(Path("/")) | {"free_gb": 2.0, "writable": True}
+    assert machine.judge_disks([disk] * 512).summary.startswith("ranks 0 to 511: / has 2.0 GB left")
+
+
+def test_no_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert machine._nvidia_smi("topo", "-m") is None
+    gpu = {"name": "H200", "free_gb": 139.0, "total_gb": 141.0}
+    said = [{"gpus": [gpu], "own": 0, "driver": None, "peers": [[True]], "links": None}]
+    assert machine.judge_gpus(said, ["a"], "cuda").verdict == OK
+
+
+@pytest.mark.parametrize("columns", [40, 80, 300])
+def test_a_page_is_as_wide_as_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    check = Check("all-reduce", OK, "a sentence of some words " * 9, lines=["x" * 79, "y" * 200])
+    lines = Report("2 processes", [check], {}).text().splitlines()[:-1]
+    assert max(map(len, lines)) == min(columns, 100)
+    assert [line[-1] for line in lines if "yy" in line] == ["…"]
+
+
+def test_json_has_no_infinity() -> None:
+    """As the error of a layer that gives NaN; other programs do not read it."""
+    check = Check("exactness", FAILED, "wrong", [{"error": float("inf")}, {"error": float("nan")}])
+    text = Report("2 processes", [check], {}).json()
+    assert not any(word in text for word in ("Infinity", "NaN"))
+    assert json.loads(text)["checks"][0]["per_rank"] == [{"error": None}, {"error": None}]
+
+
+def test_ranks_in_words() -> None:
+    assert ranks_in_words([3]) == "rank 3"
+    assert ranks_in_words([1, 4]) == "ranks 1, 4"
+    assert ranks_in_words([*range(8), 12, 13, *range(16, 24)]) == "ranks 0 to 7, 12, 13, 16 to 23"
 
 
 def test_sums_that_are_wrong() -> None:

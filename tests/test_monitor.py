@@ -133,7 +133,8 @@ def fitted(
         try:
             trainer.fit(module, loader, ckpt_path=ckpt_path)
         finally:
-            told = [str(each.message) for each in caught if "batch normalization, in" in str(each.message)]
+            texts = [str(each.message) for each in caught]
+            told = [text for text in texts if "batch normalization, in" in text or "StatisticsMonitor" in text]
     return trainer, told
 
 
@@ -264,8 +265,8 @@ def test_a_report_is_left_even_by_an_exception(told: Any) -> None:
     assert list((told[1] / "fails" / "deeper").iterdir()) == [told[1] / "fails" / "deeper" / "page.png"]
 
 
-def test_a_model_without_batch_normalization_is_left_alone(told: Any) -> None:
-    assert told[0][0]["without"] == []
+def test_a_model_without_batch_normalization_is_left_alone_and_told_of(told: Any) -> None:
+    assert ["nothing to look at" in each for each in told[0][0]["without"]] == [True]
     assert not (told[1] / "without" / "statistics.png").exists()
 
 
@@ -405,6 +406,15 @@ def test_a_report_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         trainer, _ = fitted(tmp_path, StatisticsMonitor(report="taken/page.png"), Module(), processes=1)
     assert trainer.global_step == STEPS
+
+
+def test_a_report_that_cannot_be_drawn_ends_nothing(tmp_path: Path) -> None:
+    """Matplotlib reads a name in dollars as a formula, and this one is none."""
+    module = Module()
+    module.add_module("$\\frac$", nn.BatchNorm1d(3))
+    trainer, told = fitted(tmp_path, StatisticsMonitor(report="page.png"), module, processes=1)
+    assert trainer.global_step == STEPS
+    assert any("could not be written to" in each for each in told)
 
 
 def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

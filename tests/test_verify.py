@@ -560,6 +560,23 @@ def test_what_cannot_be_asked() -> None:
         syncbn.verify(nn.Sequential(nn.LazyConv2d(3, 1)), x)
 
 
+def test_parameters_that_are_spread_over_the_processes(processes: Any) -> None:
+    """Of tensor parallelism: their parts would be sent as if they were the whole, and gloo would abort the process."""
+    said = processes(2).run(_verify_tensor_parallel)
+    assert all("1.weight, 1.bias are spread over the processes (DTensor)" in each for each in said)
+
+
+def _verify_tensor_parallel() -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = syncbn.convert(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6)))
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"1": ColwiseParallel()})
+    with pytest.raises(TypeError) as raised:
+        syncbn.verify(model, torch.randn(3, 4))
+    return str(raised.value)
+
+
 class Signs(nn.Module):
     def forward(self, x: Tensor) -> str:
         return "positive"

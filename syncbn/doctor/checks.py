@@ -26,12 +26,23 @@ def worst(verdicts: Sequence[str]) -> str:
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:
-    """ "rank 3", "ranks 0 to 7", "ranks 1, 4"."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"ranks {ranks[0]} to {ranks[-1]}"
-    return f"ranks {', '.join(map(str, ranks))}"
+    """ "rank 3", "ranks 1, 4", "ranks 0 to 7, 12"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    words = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(words)}"
+
+
+def by_text(found: Sequence[tuple[int, str]]) -> str:
+    """ "rank 1: ...; ranks 8 to 15: ...": what was found on each rank, once for all that have the same."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in found:
+        ranks.setdefault(text, []).append(rank)
+    return "; ".join(f"{ranks_in_words(each)}: {text}" for text, each in ranks.items())
 
 
 def by_value(values: Sequence[Any]) -> dict[Any, list[int]]:

@@ -73,7 +73,10 @@ def _where() -> str:
 
 def _tell_alone(options: Options, rank: int, text: str) -> int:
     report = Report("", [Check("rendezvous", FAILED, text)], {"processes": None})
-    print(report.json() if options.json and rank == 0 else report.verdict, flush=True)
+    if options.json and rank == 0:
+        print(report.json(), flush=True)
+    else:  # of many, perhaps: what is on stdout may be a document of JSON
+        print(report.verdict, file=sys.stderr if options.json else sys.stdout, flush=True)
     return 1
 
 

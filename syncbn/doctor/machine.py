@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .checks import FAILED, OK, WARNING, Check, by_value, ranks_in_words, spelled, worst
+from .checks import FAILED, OK, WARNING, Check, by_text, by_value, ranks_in_words, spelled, worst
 
 Facts = dict[str, Any]
 _GB = 1e9
@@ -27,7 +28,8 @@ def gpus(own: torch.device) -> Facts:
         "driver": _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         # Row by row: whether GPU i can read GPU j's memory by itself.
         "peers": [[i == j or torch.cuda.can_device_access_peer(i, j) for j in range(count)] for i in range(count)],
-        "links": _nvidia_smi("topo", "-m"),
+        # The same for all of a host.
+        "links": _nvidia_smi("topo", "-m") if os.environ.get("LOCAL_RANK", "0") == "0" else None,
     }
 
 
@@ -84,11 +86,23 @@ def _lines(said: list[Facts], hosts: list[str]) -> list[str]:
         for rank, each in enumerate(said)
         if _own(each)
     ]
-    first = {host: rank for rank, host in reversed(list(enumerate(hosts)))}
-    links = [
-        line for rank in sorted(first.values()) for line in (said[rank]["links"] or "").splitlines() if line.strip()
-    ]
-    return free + links
+    of_hosts: dict[str, dict[str, None]] = {}
+    for host, each in zip(hosts, said, strict=True):
+        if each["links"]:
+            of_hosts.setdefault(each["links"], {})[host] = None
+    links = []
+    for text, those in of_hosts.items():
+        more = f" and {len(those) - 1} more" if len(those) > 1 else ""
+        links += [f"links on {next(iter(those))}{more}:", *_matrix(text)]
+    return links + free
+
+
+def _matrix(text: str) -> list[str]:
+    """nvidia-smi's, without its escapes, tabs, legend and what is no link."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text).partition("Legend")[0]
+    rows = [[cell.strip() for cell in line.split("\t")] for line in text.splitlines() if line.strip()]
+    columns = next((i for i, cell in enumerate(rows[0]) if "Affinity" in cell), len(rows[0])) if rows else 0
+    return [" ".join(f"{cell:<5}" for cell in row[:columns]).rstrip() for row in rows]
 
 
 # ---- disks
@@ -113,19 +127,20 @@ def disks(folder: Path) -> Facts:
 def judge_disks(said: list[Facts]) -> Check:
     found = []
     for rank, each in enumerate(said):
-        where = f"rank {rank}: {each['folder']}"
+        where = each["folder"]
         if not each["writable"]:
-            found.append((FAILED, f"{where} is not writable"))
+            found.append((FAILED, rank, f"{where} is not writable"))
         elif each["free_gb"] < _NEEDED_GB:
-            found.append((FAILED, f"{where} has {each['free_gb']} GB left: no checkpoint fits"))
+            found.append((FAILED, rank, f"{where} has {each['free_gb']} GB left: no checkpoint fits"))
         elif each["free_gb"] < _ROOMY_GB:
-            found.append((WARNING, f"{where} has {each['free_gb']} GB left"))
+            found.append((WARNING, rank, f"{where} has {each['free_gb']} GB left"))
         shared = each["shared_memory_gb"]
         if shared is not None and shared < _SHARED_MEMORY_GB:
-            found.append((WARNING, f"rank {rank}: /dev/shm has {shared} GB left, which loader processes need"))
-    verdict = worst([severity for severity, _ in found])
+            found.append((WARNING, rank, f"/dev/shm has {shared} GB left, which loader processes need"))
+    verdict = worst([severity for severity, *_ in found])
     if found:
-        return Check("disks", verdict, "; ".join(text for severity, text in found if severity == verdict), said)
+        text = by_text([(rank, text) for severity, rank, text in found if severity == verdict])
+        return Check("disks", verdict, text, said)
     least = min(each["free_gb"] for each in said)
     shared = [each["shared_memory_gb"] for each in said if each["shared_memory_gb"] is not None]
     noted = f", /dev/shm at least {min(shared):.0f} GB" if shared else ""

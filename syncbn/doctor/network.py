@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..groups import host_identity
-from .checks import FAILED, OK, WARNING, Check, worst
+from .checks import FAILED, OK, WARNING, Check, by_text, worst
 
 Facts = dict[str, Any]
 _ASKED_BY = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -69,18 +69,19 @@ def _route(address: str | None, port: str | None) -> Facts | None:
 
 def judge_network(said: list[Facts]) -> Check:
     several = len({each["host_id"] for each in said}) > 1
-    found = [
-        (severity, f"rank {rank}: {text}")
-        for rank, each in enumerate(said)
-        for severity, text in _faults(each, several)
-    ]
+    found = [(severity, rank, text) for rank, each in enumerate(said) for severity, text in _faults(each, several)]
     lines = list(dict.fromkeys(_line(each) for each in said))
-    verdict = worst([severity for severity, _ in found])
+    verdict = worst([severity for severity, *_ in found])
     if found:
-        text = "; ".join(text for severity, text in found if severity == verdict)
+        text = by_text([(rank, text) for severity, rank, text in found if severity == verdict])
         return Check("network", verdict, text, said, lines)
     hosts = [each["host"] for each in {each["host_id"]: each for each in said}.values()]
-    return Check("network", OK, f"{len(hosts)} host{'s' if len(hosts) > 1 else ''}: {', '.join(hosts)}", said, lines)
+    return Check("network", OK, f"{len(hosts)} host{'s' if len(hosts) > 1 else ''}: {_some(hosts)}", said, lines)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _faults(each: Facts, several: bool) -> list[tuple[str, str]]:

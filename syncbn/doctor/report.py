@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +12,9 @@ from typing import Any
 
 from .checks import FAILED, OK, WARNING, Check, worst
 
-WIDTH = 100
+WIDTH = 100  # at most; less in a narrower terminal
+_INDENT = 19
+_MOST_LINES = 32  # of a check: a job of many hosts has more than anybody reads
 _MARKS = {OK: "ok", WARNING: "WARN", FAILED: "FAIL"}
 
 
@@ -39,12 +43,13 @@ class Report:
         return f"healthy: {', '.join([self.title, *times])}{noted}"
 
     def text(self) -> str:
-        """At most ``WIDTH`` wide, but for the verdict."""
+        """As wide as the terminal, and ``WIDTH`` at most, but for the verdict."""
+        width = max(_INDENT + 20, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
         lines = [f"syncbn doctor: {self.title}", ""]
         for check in self.checks:
             head = f"{_MARKS[check.verdict]:<5}{check.name:<14}"
-            lines += textwrap.wrap(head + check.summary, WIDTH, subsequent_indent=" " * 19, break_on_hyphens=False)
-            lines += [(" " * 19 + line)[:WIDTH].rstrip() for line in check.lines]
+            lines += textwrap.wrap(head + check.summary, width, subsequent_indent=" " * _INDENT, break_on_hyphens=False)
+            lines += _indented(check.lines, width)
         return "\n".join([*lines, "", self.verdict])
 
     def json(self) -> str:
@@ -54,4 +59,22 @@ class Report:
             **self.facts,
             "checks": [{k: v for k, v in asdict(check).items() if k != "lines"} for check in self.checks],
         }
-        return json.dumps(document, indent=1)
+        return json.dumps(_finite(document), indent=1, allow_nan=False)
+
+
+def _indented(lines: Sequence[str], width: int) -> list[str]:
+    """What is too wide is moved to the left, then cut, visibly."""
+    more = len(lines) - _MOST_LINES
+    shown = [*lines[:_MOST_LINES], *([f"and {more} more lines; --json has all"] if more > 0 else [])]
+    indent = max(1, min(_INDENT, width - max(map(len, shown), default=0)))
+    cut = (line if len(line) <= width - indent else f"{line[: width - indent - 1]}…" for line in shown)
+    return [f"{' ' * indent}{line}".rstrip() for line in cut]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -70,7 +70,8 @@ def _word(value: Any) -> str:
 # What decides how processes compute and talk. No other variable is shown: it may be a secret.
 _MATTERS = re.compile(r"(NCCL|GLOO|TORCH|TORCH_[A-Z_]+|PYTORCH|SYNCBN|OMP|MKL|CUDA|CUBLAS|KMP|TP)_\w+")
 _MAY_DIFFER = re.compile(
-    r"TORCHELASTIC_.*|.*_SOCKET_IFNAME|CUDA_VISIBLE_DEVICES|.*(HOSTID|_FILE|_DIR|_PATH|_HOME|_HCA)"
+    r"TORCHELASTIC_.*|.*_SOCKET_IFNAME|CUDA_VISIBLE_DEVICES|SYNCBN_(LAUNCHER|STARTS_BEFORE)"
+    r"|.*(HOSTID|_FILE|_DIR|_PATH|_HOME|_HCA)"
 )
 _LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 

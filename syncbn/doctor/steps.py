@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from .checks import ranks_in_words
+
 _POLL_S = 0.02
+_AT_FULL_RATE = 64  # processes; where there are more, each asks less often, since one store answers all of them
 SLACK_S = 3.0
 
 
@@ -33,8 +36,7 @@ class Missing(Exception):  # noqa: N818, the processes are missing, not this one
     def __init__(self, ranks: Sequence[int], step: str, began: bool, seconds: float) -> None:
         self.ranks = list(ranks)
         does = "finish" if began else "come to"
-        whose = f"rank {', '.join(map(str, ranks))}"
-        super().__init__(f"{whose} did not {does} the step '{step}' within {seconds:.0f} s")
+        super().__init__(f"{ranks_in_words(ranks)} did not {does} the step '{step}' within {seconds:.0f} s")
 
 
 class Steps:
@@ -48,6 +50,7 @@ class Steps:
     def __init__(self, store: Any, rank: int, world_size: int, limit: float) -> None:
         self.store, self.rank, self.world_size, self.limit = store, rank, world_size, limit
         self.alive = time.monotonic()  # when this process was last seen to go on
+        self._poll_s = _POLL_S * max(1.0, world_size / _AT_FULL_RATE)
 
     def take(self, name: str, work: Callable[[], Any]) -> list[Answer]:
         """Every process's answer, by rank.
@@ -69,24 +72,27 @@ class Steps:
         keys = [f"parts/{rank}" for rank in ranks]
         deadline = time.monotonic() + 2 * SLACK_S
         while time.monotonic() < deadline and not self.store.check(keys):
-            time.sleep(_POLL_S)
+            time.sleep(self._poll_s)
 
     def _say(self, key: str, text: str) -> None:
+        """The last one to say it says so: the others ask for one key, not for as many as there are processes."""
         self.store.set(f"{key}/{self.rank}", text)
+        if self.store.add(f"{key}/count", 1) == self.world_size:
+            self.store.set(f"{key}/all", "")
         self.alive = time.monotonic()
 
     def _wait(self, name: str, began: bool) -> None:
         key = f"{name}/{'answers' if began else 'begins'}"
-        keys = {rank: f"{key}/{rank}" for rank in range(self.world_size)}
         seconds = self.limit + (SLACK_S if began else 0.0)
         deadline = time.monotonic() + seconds
-        while not self.store.check(list(keys.values())):
+        while not self.store.check([f"{key}/all"]):
             self.alive = time.monotonic()
             if time.monotonic() > deadline:
-                missing = [rank for rank, key in keys.items() if not self.store.check([key])]
+                missing = [rank for rank in range(self.world_size) if not self.store.check([f"{key}/{rank}"])]
                 if missing:
                     raise Missing(missing, name, began, seconds)
-            time.sleep(_POLL_S)
+                break
+            time.sleep(self._poll_s)
         self.alive = time.monotonic()
 
     def _work(self, work: Callable[[], Any]) -> Answer:

@@ -103,6 +103,19 @@ class StatisticsMonitor(Callback):
         self._sampling = False
         self._ended = False
         self._since = time.perf_counter()  # a run that is resumed within an epoch does not start it
+        self._tell_at_once()
+
+    def _tell_at_once(self) -> None:
+        """What would be a pity to learn when weeks of training have ended."""
+        assert self._readings is not None
+        if not self._readings.layers:
+            rank_zero_warn(
+                "StatisticsMonitor has nothing to look at: the model has no batch normalization, or only lazy layers"
+            )
+        if self.report is not None and find_spec("matplotlib") is None:
+            rank_zero_warn(
+                "StatisticsMonitor writes no report without matplotlib: pip install matplotlib, or report=None"
+            )
 
     # A step is all that lies between two steps' ends, waiting for data included, but for validations.
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,9 +244,6 @@ class StatisticsMonitor(Callback):
         if self.report is None or not trainer.is_global_zero or not len(self._history):
             return
         if find_spec("matplotlib") is None:
-            rank_zero_warn(
-                "StatisticsMonitor writes no report without matplotlib: pip install matplotlib, or report=None"
-            )
             return
         from .report import Page, write
 
@@ -252,7 +262,7 @@ class StatisticsMonitor(Callback):
                 ),
                 path,
             )
-        except (OSError, RuntimeError) as failure:  # a full disk or a broken device: it must not hide what has happened
+        except Exception as failure:  # a full disk, a broken device, matplotlib: it must not hide what has happened
             rank_zero_warn(f"the report of StatisticsMonitor could not be written to {path}: {failure}")
 
     def _facts(self, trainer: Trainer, rows: list[Row], error: BaseException | None) -> list[str]:

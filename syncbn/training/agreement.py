@@ -27,6 +27,7 @@ from syncbn.training.processes import gather, rank
 from syncbn.training.resolution import resolve_but_environment
 
 Facts = dict[str, str]  # what -> how it is here
+_PLACES = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+|(?<=type='cuda'), index=\d+")
 _MOST_SHOWN = 4  # versions of a fact
 _PACKAGES = (
     "torch",
@@ -140,7 +141,8 @@ def source(objects: Iterable[Any] = (), cfg: DictConfig | None = None) -> Facts:
     """Checksums of the code: all of syncbn's, and that of the user's own modules, whichever define the classes of
     ``objects`` or are named by a ``_target_`` of the configuration. Installed packages are told by their versions.
 
-    Of a package, all modules count; of a folder without ``__init__.py``, only those that are in use.
+    Of a package, all modules and subpackages count; of a folder without ``__init__.py``, which may be one of data, only
+    those that are in use.
     """
     root = Path(syncbn.__file__).parent
     files = {f"syncbn/{file.relative_to(root).as_posix()}": file for file in root.rglob("*.py")}
@@ -174,13 +176,27 @@ def _own_files(module: ModuleType | None, root: Path) -> dict[str, Path]:
     top = sys.modules.get(module.__name__.partition(".")[0], module)
     if getattr(top, "__file__", None) and hasattr(top, "__path__"):
         folder = Path(str(top.__file__)).parent
-        return {f"{top.__name__}/{each.relative_to(folder).as_posix()}": each for each in folder.rglob("*.py")}
+        return {f"{top.__name__}/{each.relative_to(folder).as_posix()}": each for each in _modules_in(folder)}
     return {module.__name__: file}
+
+
+def _modules_in(package: Path) -> Iterator[Path]:
+    """Its modules' files, whether they are in use or not: one process may import more than another."""
+    if not package.is_dir():  # an archive
+        return
+    for entry in package.iterdir():
+        # What an editor or a file system has left beside a module has a name that cannot be imported.
+        if entry.suffix == ".py" and entry.stem.isidentifier():
+            yield entry
+        elif not entry.suffix and (entry / "__init__.py").is_file():
+            yield from _modules_in(entry)
 
 
 def _is_installed(file: Path) -> bool:
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return any(file.is_relative_to(folder) for folder in folders) or "site-packages" in file.parts
+    return any(file.is_relative_to(folder) for folder in folders) or not {"site-packages", "dist-packages"}.isdisjoint(
+        file.parts
+    )
 
 
 def _checksum(file: Path) -> str:
@@ -240,7 +256,7 @@ def _number(value: float) -> str:
 
 
 def _text(value: Any) -> str:
-    """What a value looks like, without where it lies in memory."""
+    """What a value looks like, without where it lies: in memory, or on which of a machine's devices."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    return re.sub(r" at 0x[0-9a-f]+", "", value if isinstance(value, str) else repr(value))
+    return _PLACES.sub("", value if isinstance(value, str) else repr(value))

@@ -23,6 +23,7 @@ from syncbn.training.errors import UserError, one_line
 CHECKPOINTS = Path("checkpoints")  # in a run's folder
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
+BEST = "best.ckpt"
 LAST_CHECKPOINT = CHECKPOINTS / LAST
 # The launch that a checkpoint comes from: `environment.run_stamp`.
 RUN = "run"

@@ -13,7 +13,7 @@ _STORE_TIMEOUT = timedelta(seconds=60)
 
 @dataclass(frozen=True)
 class World:
-    """Processes of this run. Without torchrun: one, of rank 0."""
+    """Processes of this run. Without torchrun: one, of rank 0; those that Lightning itself starts are told later."""
 
     rank: int = 0
     size: int = 1
@@ -26,6 +26,9 @@ class World:
         Raises:
             UserError: a variable is no number, or the nodes do not run equally many processes.
         """
+        # Lightning's own launcher sets WORLD_SIZE for its children, and nothing else of this.
+        if "LOCAL_RANK" in os.environ and "RANK" not in os.environ:
+            return cls()
         values = {name: os.environ.get(name, default) for name, default in _DEFAULTS.items()}
         try:
             rank, size, local_size = (int(value) for value in values.values())
@@ -53,8 +56,8 @@ _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
 def rank_of_this_process() -> int:
-    """RANK, whatever else is wrong with the environment."""
-    rank = os.environ.get("RANK", "0")
+    """RANK, whatever else is wrong with the environment; in a process that Lightning has started, LOCAL_RANK."""
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
     return int(rank) if rank.isdigit() else 0
 
 

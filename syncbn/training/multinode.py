@@ -40,6 +40,7 @@ _DESCRIPTION = """\
 Trains on several nodes. Run the same line on each of them; what is no option here goes to Hydra:
 
   launch/multinode.sh --nnodes=2 --rdzv-endpoint=node0:29400 --max-restarts=3 ckpt_path=auto experiment=study
+  launch/multinode.sh --nnodes=2 --rdzv-endpoint=node0:29400 --module syncbn.doctor
 """
 
 

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from syncbn.training.checkpoints import LAST_CHECKPOINT, RUN, fingerprint, kept_in, newest_whole
+from syncbn.training.checkpoints import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    LAST_CHECKPOINT,
+    RUN,
+    fingerprint,
+    kept_in,
+    newest_whole,
+)
 from syncbn.training.environment import run_stamp
 from syncbn.training.errors import UserError
 from syncbn.training.processes import gather, rank
@@ -34,7 +43,8 @@ def find_start(cfg: DictConfig, again: bool | None = None, warn: Callable[[str],
     Args:
         cfg: the job's configuration.
         again: whether the job has been started before; None asks the environment.
-        warn: called with a line for each damaged checkpoint that is passed over.
+        warn: called with a line for each damaged checkpoint that is passed over, and where a fresh start will overwrite
+            the best one of a run that has left no other.
 
     Raises:
         UserError: there is none, none is whole, or the run folder has those of another run.
@@ -48,6 +58,12 @@ def find_start(cfg: DictConfig, again: bool | None = None, warn: Callable[[str],
             "overwrite=true starts over"
         )
     if not checkpoints:
+        best = Path(cfg.run_dir) / CHECKPOINTS / BEST
+        if warn is not None and best.is_file() and not cfg.overwrite:
+            warn(
+                f"run_dir: there is a {best} and no {LAST} beside it, so that training starts anew and will overwrite "
+                f"it; ckpt_path={best} goes on from there"
+            )
         return None
     path, contents = newest_whole(checkpoints, warn=warn)
     return Start(path, int(contents.get("global_step", 0)), same_run, fingerprint(path))

@@ -27,13 +27,12 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.training.callbacks import GracefulStop
-from syncbn.training.callbacks.agreement import agree_on_configuration
+from syncbn.training.callbacks.agreement import agree_on_configuration, started_by_others
 from syncbn.training.callbacks.checkpoints import install
 from syncbn.training.callbacks.graceful_stop import SIGNALS
 from syncbn.training.checkpoints import LAST_CHECKPOINT, refusal, write_text
@@ -177,8 +176,7 @@ def choose_start(trainer: Trainer, cfg: DictConfig) -> None:
     Raises:
         UserError: process 0 finds none where one is asked for, or another machine has other files than its one.
     """
-    environment = trainer.strategy.cluster_environment if isinstance(trainer.strategy, ParallelStrategy) else None
-    if environment is not None and environment.creates_processes_externally:  # else Lightning starts the others later
+    if started_by_others(trainer):
         trainer.strategy.setup_environment()
     start, again = agree_on_start(cfg, warn=lambda line: print(f"warning: {line}", file=sys.stderr, flush=True))
     cfg.ckpt_path = str(start.path) if start else None
@@ -231,6 +229,10 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, cfg:
         raise UserError(str(error)) from error
     except pickle.UnpicklingError as error:  # the file has changed since it was checked
         raise UserError(f"ckpt_path: {_shown(cfg.ckpt_path)} is not loaded: {refusal(error)}") from error
+    except ValueError as error:
+        if not str(error).startswith("loaded state dict"):
+            raise
+        raise UserError(f"ckpt_path: {_shown(cfg.ckpt_path)} does not fit the optimizer: {error}") from error
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
             raise

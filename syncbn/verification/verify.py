@@ -308,6 +308,12 @@ def _require_whole(model: nn.Module) -> None:
                 f"{name or 'the model'} is sharded over the processes, so that none of them can run it alone: verify "
                 f"the model before it is sharded"
             )
+    of_meshes = [name for name, each in _values(model).items() if type(each.data).__name__ == "DTensor"]
+    if of_meshes:
+        raise TypeError(
+            f"{_listed(of_meshes)} are spread over the processes (DTensor), so that none of them can run the model "
+            f"alone: verify it before it is parallelized"
+        )
     lazy = [name for name, each in _values(model).items() if is_lazy(each)]
     if lazy:
         raise TypeError(f"{_listed(lazy)} have no size yet: run the model once, then verify it")

@@ -2,13 +2,17 @@
 
 import importlib
 import sys
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from jobs import TINY, Job
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,10 +20,12 @@ import syncbn
 from syncbn.lightning import SyncBatchNormPlugin
 from syncbn.training import agreement
 from syncbn.training.agreement import difference
-from syncbn.training.callbacks import Agreement, NonFiniteLoss
+from syncbn.training.callbacks import Agreement, GracefulStop, NonFiniteLoss
 from syncbn.training.callbacks.agreement import agree_on_configuration
+from syncbn.training.callbacks.non_finite import _Step
 from syncbn.training.config import compose_config
 from syncbn.training.errors import UserError
+from syncbn.training.train import fit
 
 REFUSED = "the processes do not train the same: "
 START_ALIKE = "; start the same command with the same code on every node"
@@ -178,6 +184,43 @@ def test_other_code_on_one_process_is_named(processes, tmp_path):
     assert [name.rpartition("/")[2] for name in names] == ["__init__.py", "net.py", "slope.py"]
 
 
+def test_what_only_lies_beside_the_code_is_neither_read_nor_compared(tmp_path):
+    """Editors' copies, and folders of data, which may hold millions of files."""
+    for name in ("__init__.py", "net.py", "heads/__init__.py", "heads/box.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    code = set(tmp_path.rglob("*.py"))
+    for name in ("._net.py", "net-copy.py", ".ipynb_checkpoints/net.py", "data/a.py", "data/deep/b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert set(agreement._modules_in(tmp_path)) == code
+    assert list(agreement._modules_in(tmp_path / "archive.zip" / "package")) == []
+
+
+def test_each_process_s_own_device_is_no_difference():
+    class Placed(nn.Module):
+        def __init__(self, device):
+            super().__init__()
+            self.device = device
+
+        def extra_repr(self):
+            return f"device={self.device!r}"
+
+    zero, one = (agreement.layers(Placed(torch.device("cuda", index))) for index in (0, 1))
+    assert zero == one
+    assert zero != agreement.layers(Placed(torch.device("cpu")))
+
+
+@pytest.mark.timeout(240)
+def test_processes_that_lightning_itself_starts_train(tmp_path):
+    """Its children once compared what they were to begin with while the first process was in the middle of `fit`."""
+    command = [sys.executable, "-m", "syncbn.training.train", *TINY, "trainer.max_epochs=1", "trainer.devices=2"]
+    job = Job([*command, "run_dir=run", "ckpt_path=auto", "callbacks.pictures=null", "callbacks.curves=null"], tmp_path)
+    assert job.finish(200) == 0, job.error_output
+    assert "digits-seg: 2 processes on cpu" in job.output
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_the_code_of_this_package_counts():
     files = {f"the code of syncbn/{file}" for file in ("layer.py", "kernels/triton.py", "training/train.py")}
     found = agreement.source([nn.ReLU()])
@@ -304,6 +347,81 @@ def test_steps_are_not_skipped_for_ever(processes, tmp_path):
     assert told.startswith(
         "step 3: the loss is not finite on ranks 0, 1, nor in the 1 steps before: the batch of rank 1"
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    class Groups(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD([{"params": [parameter]} for parameter in self.parameters()], self.lr)
+
+    trainer, _ = trained_here(Data(), "raise")
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    cfg = OmegaConf.create({"ckpt_path": str(path), "run_dir": str(tmp_path)})
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, logger=False, default_root_dir=tmp_path)
+    with pytest.raises(UserError, match=r"last\.ckpt does not fit the optimizer: loaded state dict has a different numb"):
+        fit(trainer, Groups(), Data(), cfg)
+
+
+def voters(_):
+    from syncbn.training.processes import vote_group
+
+    trainer, stop, finite = Trainer(logger=False), GracefulStop("last.ckpt"), NonFiniteLoss()
+    for callback in (stop, finite):
+        callback.on_fit_start(trainer, Net())
+    return stop._group is finite._group is vote_group() is not None
+
+
+def test_the_callbacks_share_their_sockets(processes):
+    """On 512 processes a group of its own for each would reach the usual limit of 1024 open files."""
+    assert on_both(processes, voters, (0,), (0,))
+
+
+def trained_here(data, policy, **arguments):
+    """After an epoch in this process."""
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    arguments |= {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "callbacks": [NonFiniteLoss(policy)]}
+    trainer, net = Trainer(**quiet, **arguments), Net()
+    trainer.fit(net, data)
+    return trainer, net
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulated", [2, 4])
+def test_a_step_is_skipped_whichever_of_its_accumulated_batches_is_broken(accumulated):
+    first = Data(batches=8, broken=[accumulated])  # the first batch of the second step
+    trainer, net = trained_here(first, "skip", accumulate_grad_batches=accumulated)
+    assert trainer.global_step == 8 // accumulated
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+    with pytest.raises(UserError, match="step 2: the loss is not finite on rank 0: the batch of rank 0 has values"):
+        trained_here(first, "raise", accumulate_grad_batches=accumulated)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_gradient_scaler_finds_its_scale(policy):
+    """Its first gradients overflow as a matter of course."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    trainer, net = trained_here(Data(batches=16), policy, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert trainer.global_step == 16
+    assert scaler.get_scale() <= 2.0**20
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+    assert not torch.equal(net.net[0].weight, Net().net[0].weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: its queue is full")
+def test_what_a_step_has_found_is_read_while_the_device_is_at_the_next_one():
+    device = torch.device("cuda")
+    step = _Step(1, device)
+    step.add_loss(torch.full((), float("nan"), device=device))
+    step.send_to_host()
+    torch.cuda._sleep(4_000_000_000)  # two seconds or so
+    start = time.monotonic()
+    step.vote(None)
+    assert step.processes_with_non_finite_loss() == [0]
+    assert time.monotonic() - start < 0.5
+    torch.cuda.synchronize()
 
 
 def test_what_the_callback_refuses():

@@ -22,7 +22,7 @@ from test_resume import JOB, Draws, differences, load, training_state
 
 from syncbn.training import start as start_module
 from syncbn.training.callbacks import GracefulStop, LastCheckpoint
-from syncbn.training.callbacks.checkpoints import install
+from syncbn.training.callbacks.checkpoints import DurableCheckpointIO, install
 from syncbn.training.checkpoints import (
     DamagedCheckpointError,
     fingerprint,
@@ -312,6 +312,33 @@ def test_auto_takes_the_newest_whole_one_or_starts_anew(tmp_path):
     for overwrite in (False, True):  # starting anew would lose weeks
         with pytest.raises(DamagedCheckpointError, match="its end is missing after "):
             find_start(config(tmp_path, ckpt_path="auto", overwrite=overwrite))
+
+
+def test_a_best_checkpoint_without_a_last_one_is_not_overwritten_silently(tmp_path):
+    """As after a crash in the middle of the first epoch, or when somebody has made room."""
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    write_checkpoint(states(3), best)
+    for values, count in (({"ckpt_path": "auto"}, 1), ({}, 1), ({"overwrite": True}, 0)):
+        told = []
+        assert find_start(config(tmp_path, **values), warn=told.append) is None
+        assert len(told) == count
+    assert find_start(config(tmp_path, ckpt_path=str(best))).step == 3
+
+
+def test_of_two_jobs_in_a_run_folder_the_one_started_last_goes_on(tmp_path):
+    """A scheduler may start a job again on other nodes while it cannot reach the ones that still run it."""
+    path = tmp_path / "last.ckpt"
+    old, new = DurableCheckpointIO(), DurableCheckpointIO()
+    for job, step in ((old, 1), (old, 2), (new, 3), (new, 4)):
+        job.save_checkpoint(states(step), path)
+        assert job.failure is None
+    old.save_checkpoint(states(5), path)
+    assert old.failure == f"{path}: another job has written it since this one has; this one ends, and that one goes on"
+    path.unlink()  # what is not there is nobody's
+    for step in (5, 6):
+        new.save_checkpoint(states(step), path)
+    assert new.failure is None
+    assert [load(tmp_path / name)["global_step"] for name in ("last.ckpt", "previous.ckpt")] == [6, 5]
 
 
 def test_what_torchrun_starts_again_goes_on_whatever_it_was_told(tmp_path, monkeypatch):

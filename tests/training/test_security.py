@@ -142,7 +142,7 @@ FORBIDDEN = {
 }  # fmt: skip
 # Why each of these is no way in for what others have written.
 ALLOWED = {
-    ("meeting.py", "torch.load"): "a tensor or an object of another process of the job, for `syncbn.verify`",
+    ("verification/meeting.py", "torch.load"): "what another process of the job says, for `syncbn.verify`",
     ("fusion.py", "exec"): "the forward that fuse has generated itself, from the graph of the user's own module",
     ("lockstep.py", "pickle.loads"): "a batch's structure, from another process of the job",
     ("bench/processes.py", "pickle.loads"): "the result of its own child, in a temporary folder of its own",

@@ -67,9 +67,8 @@ def agree_on_configuration(trainer: Trainer, cfg: DictConfig) -> None:
     Raises:
         UserError: the processes were started differently.
     """
-    environment: Any = getattr(trainer.strategy, "cluster_environment", None)
     wanted = any(isinstance(callback, Agreement) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    if not wanted or environment is None or isinstance(environment, LightningEnvironment):
+    if not wanted or not started_by_others(trainer):
         return
     trainer.strategy.setup_environment()
     if world_size() > 1:
@@ -77,6 +76,13 @@ def agree_on_configuration(trainer: Trainer, cfg: DictConfig) -> None:
         _require(releases, _START_ALIKE)
         _require(agreement.source(cfg=cfg), _START_ALIKE)
         _require(agreement.configuration(cfg), _START_ALIKE)
+
+
+def started_by_others(trainer: Trainer) -> bool:
+    """Whether all processes are there before ``fit``. Where Lightning itself starts the others, the first one has none
+    to talk to yet, so that its children must not talk either."""
+    environment: Any = getattr(trainer.strategy, "cluster_environment", None)
+    return environment is not None and not isinstance(environment, LightningEnvironment)
 
 
 def _require(facts: Mapping[str, str], advice: str) -> None:

@@ -10,7 +10,15 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
-from syncbn.training.checkpoints import PREVIOUS, RUN, cannot_write, remove_partial, write_checkpoint
+from syncbn.training.checkpoints import (
+    LAST,
+    PREVIOUS,
+    RUN,
+    cannot_write,
+    fingerprint,
+    remove_partial,
+    write_checkpoint,
+)
 from syncbn.training.environment import run_stamp
 from syncbn.training.errors import UserError
 from syncbn.training.processes import gather
@@ -21,18 +29,39 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     Only process 0 writes. One that cannot must not leave the others waiting for it, so that it notes the `failure`,
     which `save_checkpoint` makes an error on all of them.
+
+    The job that was started last writes a run's `last.ckpt`. One that finds another job's in the place of its own, such
+    as one that the scheduler has given up and that is still alive, leaves it there and notes that.
     """
 
     failure: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[Path, str | None] = {}  # the fingerprints of what this job has written
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):  # an object store has a new object or the old one
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        path = Path(path)
+        if self._is_of_another_job(path):
+            self.failure = f"{path}: another job has written it since this one has; this one ends, and that one goes on"
+            return
         try:
-            write_checkpoint(checkpoint, Path(path))
+            write_checkpoint(checkpoint, path)
         except OSError as error:
-            self.failure = cannot_write(Path(path), error)
+            self.failure = (
+                f"{cannot_write(path, error)}; make room and continue with ckpt_path=last: the checkpoint before is as "
+                "it was"
+            )
+            return
+        if path.name == LAST:
+            self._last[path] = fingerprint(path)
+
+    def _is_of_another_job(self, path: Path) -> bool:
+        there, own = fingerprint(path) if path in self._last else None, self._last.get(path)
+        return there is not None and own is not None and there != own
 
 
 class LastCheckpoint(Checkpoint):
@@ -161,7 +190,7 @@ def require_saved(trainer: Trainer) -> None:
     used = trainer.strategy.checkpoint_io
     failure = gather(used.failure if isinstance(used, DurableCheckpointIO) else None)[0]
     if failure is not None:
-        raise UserError(f"{failure}; make room and continue with ckpt_path=last: the checkpoint before is as it was")
+        raise UserError(failure)
 
 
 def flush(logger: Logger) -> None:

@@ -19,6 +19,7 @@ from syncbn.training.callbacks.checkpoints import (
 )
 from syncbn.training.callbacks.console import say
 from syncbn.training.errors import UserError
+from syncbn.training.processes import vote_group
 
 # SIGUSR1 is what Slurm is usually told to send before the time is over.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
@@ -68,8 +69,7 @@ class GracefulStop(Callback):
         self._vote = None
         self.signal = None
         self._agreed = False
-        if trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+        self._group = vote_group()
 
     # Not earlier: Lightning would call a handler that it finds after its own, which for SIGTERM talks to the
     # other processes in the middle of whatever they are doing.

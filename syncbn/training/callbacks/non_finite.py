@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from syncbn.training.callbacks.checkpoints import within_accumulation
 from syncbn.training.errors import UserError, few
-from syncbn.training.processes import gather, rank, world_size
+from syncbn.training.processes import gather, rank, vote_group, world_size
 
 _POLICIES = ("raise", "skip")
 
@@ -24,11 +26,13 @@ class NonFiniteLoss(Callback):
     optimizer that skips it, the weights). So the error also says whose batch had values that are not finite. No
     checkpoint is written after such a step: the last one has sound weights.
 
-    With "raise", the device is waited for only where it has finished long ago: what a step has found is read, and told
-    to the other processes on CPU sockets, after the next one, and counted after the one after that. With "skip", the
+    With "raise", the device is waited for only where it has finished long ago: what a step has found is sent to the
+    host behind it, read and told to the other processes on CPU sockets after the next one, and counted after the one
+    after that. A step is an optimizer step, of all batches whose gradients are accumulated for it. With "skip", the
     host waits for the gradients before each optimizer step, which is then made without any, so that weights and
     optimizer state stay as they are. Under a gradient scaler (``precision="16-mixed"``), which skips such steps by
-    itself, "raise" bears with them. What the task logs of a skipped step is NaN all the same, an epoch's mean included.
+    itself, both policies bear with them: at first its scale is often too large. What the task logs of a skipped step is
+    NaN all the same, an epoch's mean included.
 
     Args:
         policy: "raise" or "skip".
@@ -57,11 +61,12 @@ class NonFiniteLoss(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin()
-        if world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+        self._group = vote_group()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._current = _Step(trainer.global_step + 1, batch, pl_module.device)
+        if self._current is None:
+            self._current = _Step(trainer.global_step + 1, pl_module.device)
+        self._current.add_batch(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._current is not None:
@@ -75,7 +80,11 @@ class NonFiniteLoss(Callback):
                 optimizer.zero_grad(set_to_none=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if within_accumulation(trainer):
+            return
         step, self._current = self._current, None
+        if step is not None:
+            step.send_to_host()
         self._count(trainer, self._voted)
         self._voted = self._vote(self._read_next)
         self._read_next = step
@@ -112,9 +121,12 @@ class NonFiniteLoss(Callback):
     def _settle(self, trainer: Trainer) -> None:
         """Counts all steps that have been made; the last one, too, where its checkpoint is saved within it."""
         self._count(trainer, self._voted)
-        for step in (self._read_next, self._current):
+        self._count(trainer, self._vote(self._read_next))
+        self._voted = self._read_next = None
+        if self._current is not None and not within_accumulation(trainer):
+            step, self._current = self._current, None
+            step.send_to_host()
             self._count(trainer, self._vote(step))
-        self._voted = self._read_next = self._current = None
 
     def _vote(self, step: "_Step | None") -> "_Step | None":
         if step is not None:
@@ -157,21 +169,45 @@ class NonFiniteLoss(Callback):
 class _Step:
     """What one step has found, on the device until somebody reads it."""
 
-    def __init__(self, number: int, batch: Any, device: torch.device) -> None:
+    def __init__(self, number: int, device: torch.device) -> None:
         self.number = number
         self.skipped = False
         self.loss_is_finite = torch.ones((), dtype=torch.bool, device=device)
-        self._input_is_finite = _all_finite(tree_leaves(batch), device)
-        self._index = batch.get("index") if isinstance(batch, dict) else None
+        self._input_is_finite = self.loss_is_finite
+        self._indices: list[Tensor] = []
+        self._on_host: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
         self._votes: list[Tensor] = []
         self._work: dist.Work | None = None
+
+    def add_batch(self, batch: Any) -> None:
+        self._input_is_finite = self._input_is_finite & _all_finite(tree_leaves(batch), self.loss_is_finite.device)
+        index = batch.get("index") if isinstance(batch, dict) else None
+        if isinstance(index, Tensor):
+            self._indices.append(index)
 
     def add_loss(self, loss: Tensor) -> None:
         self.loss_is_finite = self.loss_is_finite & loss.detach().isfinite().all()
 
+    # On CUDA a copy is made when the device has done all that it was given before, so that one that is asked for later
+    # would wait for the next step as well.
+    def send_to_host(self) -> None:
+        """Begins to copy what the other processes are to be told; to be called when the step has been made."""
+        own = self.loss_is_finite.to(torch.int32).view(1)
+        if own.is_cuda:
+            self._on_host = torch.empty(1, dtype=torch.int32, pin_memory=True)
+            self._on_host.copy_(own, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(own.device))
+        else:
+            self._on_host = own.cpu()
+
     def vote(self, group: Any) -> None:
-        """Tells the other processes; does not wait for them."""
-        own = self.loss_is_finite.to("cpu", torch.int32).view(1)
+        """Tells the other processes; does not wait for them, nor for what the device was given since the step."""
+        assert self._on_host is not None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        own = self._on_host
         self._votes = [own]
         if group is not None:
             self._votes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -186,15 +222,16 @@ class _Step:
         """What is wrong with this process's batch; None if nothing is."""
         if self._input_is_finite.item():
             return None
-        items = "" if not isinstance(self._index, Tensor) else f" (items {', '.join(map(str, self._index.tolist()))})"
-        return f"has values that are not finite{items}"
+        items = ", ".join(str(item) for index in self._indices for item in index.flatten().tolist())
+        return f"has values that are not finite{f' (items {items})' * bool(items)}"
 
 
 def _all_finite(values: list[Any], device: torch.device) -> Tensor:
     """Whether all floating tensors are, as a tensor bool [] on the device."""
     result = torch.ones((), dtype=torch.bool, device=device)
     for value in _floating(values):
-        result = result & value.isfinite().all().to(device)
+        own = value.to_local() if isinstance(value, DTensor) else value  # each process looks at its shard
+        result = result & own.isfinite().all().to(device)
     return result
 
 
