@@ -21,7 +21,8 @@ _TIMEOUT_OF_CHECK = timedelta(seconds=60)
 def meeting(communicator: Communicator, timeout: timedelta | None) -> Iterator[None]:
     """A block in which the processes of a communicator meet before a model's first exchange: it is watched, too."""
     if len(communicator.ranks) > 1:
-        _watch(communicator, timeout)
+        if not communicator.guarded:
+            _watch(communicator, timeout)
         with communicator.progress.of_meeting():
             yield
     else:

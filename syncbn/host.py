@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -106,4 +107,23 @@ def new_group_on_host(group: Any) -> Any:
     }
     if group is None:
         return dist.new_group(**options)
-    return dist.new_group(ranks_of(group), use_local_synchronization=True, **options)
+    return _new_group_of_some(ranks_of(group), options)
+
+
+_groups_of_some: Counter[tuple[int, ...]] = Counter()
+
+
+def _new_group_of_some(ranks: list[int], options: dict[str, Any]) -> Any:
+    """A group that only its members make.
+
+    torch.distributed names the groups of all processes by a count, which this must leave as it is: members that had
+    counted one more would wait for ever in every later ``new_group``. Its own name is by a count of its ranks.
+    """
+    world = dist.distributed_c10d._world
+    counted = world.group_count
+    _groups_of_some[tuple(ranks)] += 1
+    world.group_count = -_groups_of_some[tuple(ranks)]
+    try:
+        return dist.new_group(ranks, use_local_synchronization=True, **options)
+    finally:
+        world.group_count = counted

@@ -79,8 +79,10 @@ class Progress:
         if self._device.type == "cuda":
             self._record_end()
         if isinstance(error, RuntimeError) and self.explain is not None:
-            explained = self.explain(error)  # while it still counts as under way
-            self.within = False
+            try:
+                explained = self.explain(error)  # while it still counts as under way
+            finally:
+                self.within = False
             raise explained from error
         self.since = time.monotonic()
         self.within = False
@@ -91,7 +93,7 @@ class Progress:
             return
         if self._ended_on_device is None:
             self._ended_on_device = torch.cuda.Event()
-        self._ended_on_device.record()
+        self._ended_on_device.record(torch.cuda.current_stream(self._device))
 
     @property
     def under_way(self) -> bool:

@@ -9,13 +9,14 @@ whether another process has ended, and once the exchange is overdue it asks all 
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -31,7 +32,10 @@ EVERY_S = 1.0  # how often it looks
 QUIET_S = 2.0  # no exchange has begun or ended for so long before it asks the store
 ANSWERS_S = 5.0  # within which the other processes say where they are
 _STORE_S = 5.0  # for one word with the store
+_LAST_WORDS_S = 10.0  # to print what is to be said
 _STATUS = 1
+
+_log = logging.getLogger(__name__)
 
 _HELP = (
     "The processes of a group must run the same layers in the same order, forward and backward; one without data runs "
@@ -75,7 +79,11 @@ class Watchdog:
         while not self._stop.wait(EVERY_S):
             watched = [each for each in list(self._limits) if each.alive]
             if watched:
-                self._look(watched)
+                try:
+                    self._look(watched)
+                except Exception:
+                    if all(each.alive for each in watched):  # not merely destroyed in the middle of a look
+                        _log.exception("syncbn's watchdog could not look at the exchanges; it will again")
 
     # ---- looking
 
@@ -96,7 +104,7 @@ class Watchdog:
         if store.has("overdue"):
             self._end_with_others(communicator)
         # Asked in this order, since the device is not to be asked while a CUDA graph may be captured.
-        ended = store.read("ended")
+        ended = store.ended(communicator.ranks)
         if ended is None or not communicator.progress.under_way:
             self._waited_for_ended = None
             return
@@ -150,6 +158,8 @@ class Watchdog:
         deadline = time.monotonic() + seconds
         while store is not None and store.reachable and len(places) < len(ranks):
             for rank in [rank for rank in ranks if rank not in places]:
+                if time.monotonic() > deadline:  # of thousands, on a store that all ask
+                    break
                 text = store.read(f"at/{rank}")
                 if text is not None:
                     places[rank] = Place.unpacked(text)
@@ -161,21 +171,19 @@ class Watchdog:
     def _explained(self, communicator: Communicator, error: Exception) -> Exception:
         """An exchange has failed on the host: the process group has lost a process, or its patience."""
         where = self._where_all_are(communicator, seconds=2 * EVERY_S)
-        ended = self._store.read("ended") if self._store is not None else None
+        ended = self._store.ended(communicator.ranks) if self._store is not None else None
         said = f" since {ended}" if ended else ""
         return RuntimeError(f"{_place_in_words(communicator)} failed{said}: {error}\n{where}")
 
     def _publish_end(self, how: str) -> None:
         if self._store is not None and self._process == os.getpid() and self._limits:
-            self._store.claim("ended", how)
+            self._store.write_ended(how)
 
     def _at_exit(self) -> None:
         if self._process != os.getpid():
             return
-        rank = os.environ.get("RANK")
-        if any(each.alive for each in self._limits):
-            rank = str(dist.get_rank())
-        self._publish_end(f"rank {rank} has ended" if rank is not None else "a process has ended")
+        rank = self._store.rank if self._store is not None else "?"
+        self._publish_end(f"rank {rank} has ended")
         self._stop.set()
         if self._thread is not None:
             self._thread.join(2 * EVERY_S)
@@ -187,6 +195,9 @@ class Store:
     def __init__(self) -> None:
         store = dist.distributed_c10d._get_default_store()
         self._world = weakref.ref(dist.group.WORLD)
+        self.rank = dist.get_rank()
+        self._ended: dict[int, str] = {}  # of those heard of, what they have said
+        self._heard = 0
         # A file's store counts its users, and has no connection that could be busy.
         if isinstance(_underlying(store), dist.TCPStore):
             store = store.clone()
@@ -217,6 +228,31 @@ class Store:
         """Writes the key unless another process has done so. Whether it is this process's text, unlike any other's."""
         return self._ask(lambda: self._store.compare_set(key, "", text).decode() == text) or False
 
+    def write_ended(self, how: str) -> None:
+        """Lets the others know that this process ends; the first word stays."""
+
+        def write() -> None:
+            self._store.set(f"ended/{self._store.add('ended', 1)}", json.dumps([self.rank, how]))
+
+        self._ask(write)
+
+    def ended(self, ranks: Collection[int]) -> str | None:
+        """What the first of these processes to end has said; None while none of them has.
+
+        Others may have ended in peace. What they have said is read once, so that thousands of them are no load.
+        """
+        for number in range(self._heard + 1, int(self._ask(self._count_ended) or 0) + 1):
+            text = self.read(f"ended/{number}")
+            if text is None:
+                break  # not written yet
+            rank, how = json.loads(text)
+            self._ended.setdefault(rank, how)
+            self._heard = number
+        return next((how for rank, how in self._ended.items() if rank in ranks), None)
+
+    def _count_ended(self) -> int:
+        return self._store.add("ended", 0) if self._store.check(["ended"]) else 0
+
     def _ask(self, question: Callable[[], T]) -> T | None:
         """The answer; None where there is none in time: a connection that was cut off is silent for ever."""
         if not self.reachable:
@@ -228,7 +264,11 @@ class Store:
                 answers.append(question())
 
         thread = threading.Thread(target=ask, name="syncbn store", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # from Python 3.12 on there are no new threads at a program's end
+            ask()
+            return answers[0] if answers else None
         thread.join(_STORE_S)
         self._stuck = thread if thread.is_alive() else None
         return answers[0] if answers else None
@@ -265,14 +305,19 @@ def _hook_exceptions(publish: Callable[[str], None]) -> None:
 
 def _leave(text: str) -> NoReturn:
     """Ends the process while its main thread waits for what will not come: no exception can reach it there."""
-    print(text, file=sys.stderr, flush=True)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # what torchrun shows as the cause
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+    late = threading.Timer(_LAST_WORDS_S, os._exit, (_STATUS,))  # a pipe or a disk may be stuck,
+    late.daemon = True
+    late.start()
+    try:
+        print(text, file=sys.stderr, flush=True)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # what torchrun shows as the cause
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(RuntimeError(text))
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(_STATUS)
+            get_error_handler().record_exception(RuntimeError(text))
+        logging.shutdown()
+        sys.stdout.flush()
+    finally:  # or closed
+        os._exit(_STATUS)
 
 
 watchdog = Watchdog()

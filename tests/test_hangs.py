@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -143,6 +144,30 @@ def test_the_checks_let_equal_processes_train(environment: dict[str, str], tmp_p
     assert [outcome.errors for outcome in outcomes] == ["", ""]
 
 
+def train_in_a_group_of_some(rank: int) -> None:
+    pair = dist.new_group([0, 1])
+    for _ in range(2):
+        if rank < 2:
+            step(syncbn.convert(Net(), pair), rank)
+        dist.barrier(dist.new_group())
+    dist.destroy_process_group()
+
+
+def test_the_check_of_a_group_leaves_later_groups_alone(tmp_path: Path) -> None:
+    outcomes = run_until_they_end(train_in_a_group_of_some, tmp_path, world_size=3, within=STARTED_S, environment=CHECK)
+    assert [(outcome.status, outcome.errors) for outcome in outcomes] == [(0, "")] * 3
+
+
+def test_a_closed_standard_error_does_not_keep_a_process(tmp_path: Path) -> None:
+    waiting, _ = run_until_they_end(never_comes_and_has_no_errors, tmp_path, within=STARTED_S, environment=LIMIT)
+    assert waiting.status == FAILED
+
+
+def never_comes_and_has_no_errors(rank: int) -> None:
+    sys.stderr.close()
+    never_comes(rank)
+
+
 # ---- without it, the watchdog ends a process that waits in vain
 
 
@@ -203,6 +228,22 @@ def runs_out_of_data_and_ends(rank: int) -> None:
     model = net()
     for _ in range(2 - rank):
         step(model, rank)
+
+
+def train_in_groups_of_two(rank: int) -> None:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = syncbn.convert(Net(), groups[rank // 2])
+    step(model, rank)
+    if rank >= 2:
+        return
+    time.sleep(4.5 * rank)
+    step(model, rank)
+    dist.destroy_process_group()
+
+
+def test_the_end_of_another_group_ends_nobody(tmp_path: Path) -> None:
+    outcomes = run_until_they_end(train_in_groups_of_two, tmp_path, world_size=4, within=STARTED_S)
+    assert [(outcome.status, outcome.errors) for outcome in outcomes[:2]] == [(0, ""), (0, "")]
 
 
 def test_a_process_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
     trainer.save_checkpoint(path)
     cfg = OmegaConf.create({"ckpt_path": str(path), "run_dir": str(tmp_path)})
     trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, logger=False, default_root_dir=tmp_path)
-    with pytest.raises(UserError, match=r"last\.ckpt does not fit the optimizer: loaded state dict has a different numb"):
+    with pytest.raises(UserError, match="does not fit the optimizer: loaded state dict has a different number"):
         fit(trainer, Groups(), Data(), cfg)
 
 
