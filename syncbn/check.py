@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from .communicator import Communicator
 from .host import HostCommunicator, new_group_on_host
-from .progress import Comparison, Entry
+from .progress import Comparison, DisagreementError, Entry
 from .whereabouts import in_words, ranks_in_words
 
 VARIABLE = "SYNCBN_CHECK"
@@ -43,7 +43,7 @@ def comparison(communicator: Communicator) -> Comparison:
         rows = host.read(host.post(list(map(int, own))))
         entries = [Entry(number, tag, size, bool(differentiable)) for number, tag, size, differentiable in rows]
         if any(entry != own for entry in entries):
-            raise RuntimeError(_difference(host, entries, communicator.layer_name))
+            raise DisagreementError(_difference(host, entries, communicator.layer_name))
 
     return compare
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ class Entry(NamedTuple):
 NOTHING = Entry(0, 0, 0)
 OF_MEETING = -1  # the tag of what the processes do before a model's first exchange
 Comparison = Callable[[Entry], None]
+
+
+class DisagreementError(RuntimeError):
+    """The processes are in different exchanges."""
+
+
 Explanation = Callable[[Exception], Exception]
 
 
@@ -69,23 +75,28 @@ class Progress:
         if self.compare is not None:
             try:
                 self.compare(self.last)
-            except BaseException:
+            except DisagreementError:
                 self.within = False
                 raise
+            except RuntimeError as error:
+                self._raise_explained(error)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._device.type == "cuda":
             self._record_end()
-        if isinstance(error, RuntimeError) and self.explain is not None:
-            try:
-                explained = self.explain(error)  # while it still counts as under way
-            finally:
-                self.within = False
-            raise explained from error
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            self._raise_explained(error)
         self.since = time.monotonic()
         self.within = False
+
+    def _raise_explained(self, error: RuntimeError) -> NoReturn:
+        try:
+            explained = error if self.explain is None else self.explain(error)  # while it still counts as under way
+        finally:
+            self.within = False
+        raise explained from error
 
     def _record_end(self) -> None:
         """Only marks the place on the device's stream: nothing is waited for."""

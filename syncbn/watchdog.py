@@ -173,7 +173,8 @@ class Watchdog:
         where = self._where_all_are(communicator, seconds=2 * EVERY_S)
         ended = self._store.ended(communicator.ranks) if self._store is not None else None
         said = f" since {ended}" if ended else ""
-        return RuntimeError(f"{_place_in_words(communicator)} failed{said}: {error}\n{where}")
+        kind = type(error) if isinstance(error, dist.DistError) else RuntimeError  # which programs may ask for
+        return kind(f"{_place_in_words(communicator)} failed{said}: {error}\n{where}")
 
     def _publish_end(self, how: str) -> None:
         if self._store is not None and self._process == os.getpid() and self._limits:

@@ -103,7 +103,7 @@ def test_the_check_raises_on_every_process_and_says_where_each_is(function, plac
     outcomes = run_until_they_end(function, tmp_path, within=STARTED_S, environment=CHECK)
     for outcome in outcomes:
         assert outcome.status == FAILED
-        assert "RuntimeError: the processes meet in different exchanges" in outcome.errors
+        assert "DisagreementError: the processes meet in different exchanges" in outcome.errors
         for rank, place in enumerate(places):
             assert re.search(rf"  rank {rank}: exchange \d+, {re.escape(place)} numbers", outcome.errors)
 
@@ -280,8 +280,10 @@ def dies(rank: int) -> None:
     step(model, rank)
 
 
-def test_a_process_that_is_killed(tmp_path: Path) -> None:
-    waiting, killed = run_until_they_end(dies, tmp_path, within=STARTED_S, environment={"SYNCBN_TIMEOUT": "50"})
+@pytest.mark.parametrize("check", ["0", "1"])
+def test_a_process_that_is_killed(check: str, tmp_path: Path) -> None:
+    environment = {"SYNCBN_TIMEOUT": "50", "SYNCBN_CHECK": check}
+    waiting, killed = run_until_they_end(dies, tmp_path, within=STARTED_S, environment=environment)
     assert killed.status == -signal.SIGKILL
     assert waiting.status == FAILED
     assert "exchange 7 of rank 0 (forward of 'trunk', 11 numbers) failed" in waiting.errors
