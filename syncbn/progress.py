@@ -50,7 +50,7 @@ class Progress:
         self.within = False
         self.compare: Comparison | None = None
         self.explain: Explanation | None = None
-        self._differentiable = False
+        self._device = torch.device("cpu")  # of the last exchange
         self._ended_on_device: torch.cuda.Event | None = None
 
     def of(self, tag: int, message: Tensor, differentiable: bool = False) -> Progress:
@@ -84,7 +84,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._device.type == "cuda":
+        if error is None and self._device.type == "cuda":
             self._record_end()
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             self._raise_explained(error)

@@ -57,12 +57,12 @@ class Watchdog:
         self._process = 0
         self._waited_for_ended: Entry | None = None
 
-    def watch(self, communicator: Communicator, limit: timedelta | None) -> None:
-        """Ends this process if an exchange on the communicator takes longer; None for never."""
+    def watch(self, communicator: Communicator, limit: timedelta) -> None:
+        """Ends this process if an exchange on the communicator takes longer."""
         communicator.progress.explain = lambda error: self._explained(communicator, error)
         if self._store is None or not self._store.alive:
             self._store = Store()
-        self._limits[communicator] = float("inf") if limit is None else limit.total_seconds()
+        self._limits[communicator] = limit.total_seconds()
         if self._thread is None or not self._thread.is_alive():
             self._start()
 
